@@ -1,0 +1,39 @@
+# The hill climb, from text to report. Start it with ./run, or in a prepared environment with
+# snakemake --cores all. What it does is drawn in README.md; where things lie, in docs/DESIGN.md.
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+
+configfile: "config/config.yaml"
+
+
+report: "workflow/report/workflow.rst"
+
+
+include: "rules/common.smk"
+include: "rules/data.smk"
+include: "rules/train.smk"
+include: "rules/baseline.smk"
+include: "rules/teacher.smk"
+include: "rules/kd.smk"
+include: "rules/compare.smk"
+include: "rules/report.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        f"{RESULTS}/report/index.html",
+
+
+onstart:
+    print(f"kdclimb: campaign {CAMPAIGN.campaign} on {CAMPAIGN.device}, results in {RESULTS}/")
+
+
+onsuccess:
+    print(f"kdclimb: done; open {RESULTS}/report/index.html")
+
+
+onerror:
+    print("kdclimb: stopped by an error (above). Starting it again goes on from what is done.")

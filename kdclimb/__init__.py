@@ -1,0 +1,1 @@
+"""kdclimb: budgeted knowledge-distillation hill climbs for the NanoGPT speedrun."""

@@ -1,0 +1,55 @@
+"""kdclimb retry: forget results, so that the next ./run makes them again.
+
+kdclimb retry --status oom              # every run that ended out of memory
+kdclimb retry --run ce-4x128-75-s0-...  # this run, whatever it ended as
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+STATUSES = ("ok", "diverged", "oom", "failed", "interrupted")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="kdclimb", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    retry = commands.add_parser("retry", help="forget results, so that the next ./run makes them again")
+    which = retry.add_mutually_exclusive_group(required=True)
+    which.add_argument("--status", choices=STATUSES, help="every run that ended so")
+    which.add_argument("--run", metavar="RUN_ID", help="one run")
+    retry.add_argument("--results", type=Path, default=Path("results"), help="the results folder (default: results)")
+    args = parser.parse_args(argv)
+    return forget(args.results, args.status, args.run)
+
+
+def forget(results: Path, status: str | None, run_id: str | None) -> int:
+    """Delete the folders of the runs with this status or id, and the campaigns' tables that name them, without which
+    Snakemake would not miss the runs. 1, with a word on stderr, if there is no such run.
+    """
+    folders = [file.parent for file in sorted(results.glob("runs/*/status.json")) if _matches(file, status, run_id)]
+    if not folders:
+        asked = f"status {status}" if status else f"id {run_id}"
+        print(f"kdclimb retry: no run with {asked} under {results}/runs", file=sys.stderr)
+        return 1
+    tables = [file for file in results.rglob("*.csv") if file.relative_to(results).parts[0] not in ("runs", "data")]
+    for folder in folders:
+        for table in tables:
+            if table.is_file() and folder.name in table.read_text():
+                table.unlink()
+        shutil.rmtree(folder)
+        print(f"forgotten: {folder}")
+    print("the next ./run makes them again")
+    return 0
+
+
+def _matches(file: Path, status: str | None, run_id: str | None) -> bool:
+    return file.parent.name == run_id if run_id else json.loads(file.read_text())["status"] == status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

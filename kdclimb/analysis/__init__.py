@@ -1,0 +1,1 @@
+"""What the runs mean: budget, selection, targets, comparison, ledger, figures and report. Never torch."""

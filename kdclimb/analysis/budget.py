@@ -1,0 +1,127 @@
+"""Time: what CE takes, what the teacher may therefore take, and what KD adds to a step.
+
+All times are `train_time_ms`: training steps and data loading, without compilation, validation and
+checkpoints. A timing from a run that shared its device, or from another device, thread count or clock
+than the budget's, is refused.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from kdclimb.analysis.tables import (
+    RUN_COLUMNS,
+    AnalysisError,
+    RunFolder,
+    read_csv,
+    read_json,
+    write_csv,
+)
+from kdclimb.artifacts import write_json
+
+BUDGET_KEYS = ("budget_ms", "ce_train_time_ms", "clock", "code_hashes", "device", "fraction", "horizon", "threads")
+ISOLATE_COLUMNS = (
+    "label",
+    "run_id",
+    "status",
+    "reason",
+    "step_ms_median",
+    "ratio_to_ce",
+    "clock",
+    "device",
+    "threads",
+    "shared_device",
+)
+TIMED_ON = ("device", "threads", "clock")
+
+
+def ce_baseline(runs: list[RunFolder], out: Path) -> None:
+    """Collect the CE runs, one row each.
+
+    Raises AnalysisError, which stops the campaign, where one of them failed, or where one of those that
+    set the budget shared its device under the measured clock.
+    """
+    if not runs:
+        raise AnalysisError("no CE run was given")
+    last = max(run.horizon for run in runs)
+    problems = []
+    for run in runs:
+        if not run.ok:
+            problems.append((run, f"{run.status} ({run.reason or 'no reason recorded'})"))
+        elif run.horizon == last and is_shared(run.row()):
+            problems.append((run, "ok, but it shared its device, so its time can't set the budget"))
+    if problems:
+        raise AnalysisError("the CE baseline is not complete:\n" + "\n".join(_remedy(*problem) for problem in problems))
+    write_csv(out, RUN_COLUMNS, [run.row() for run in runs])
+
+
+def _remedy(run: RunFolder, what: str) -> str:
+    log, retry = run.folder / "train.log", f"kdclimb retry --run {run.run_id}"
+    return f"  {run.label}, seed {run.config.seed}, run {run.run_id}: {what}\n    see {log}; to train it again: {retry}"
+
+
+def is_shared(row: dict) -> bool:
+    """Whether a measured time is unfit because another process used the device."""
+    return row["clock"] == "measured" and bool(row["shared_device"])
+
+
+def set_budget(timing: Path, fraction: float, out: Path) -> None:
+    """The teacher's budget (ms): `fraction` of the median CE training time at the longest horizon.
+
+    Raises AnalysisError where these CE runs were timed on different devices, thread counts or clocks.
+    """
+    rows = read_csv(timing, RUN_COLUMNS)
+    if not rows:
+        raise AnalysisError(f"{timing}: holds no CE run")
+    horizon = max(row["horizon"] for row in rows)
+    rows = [row for row in rows if row["horizon"] == horizon]
+    timed_on = {}
+    for key in TIMED_ON:
+        values = list(dict.fromkeys(row[key] for row in rows))
+        if len(values) > 1:
+            raise AnalysisError(
+                f"{timing}: the CE runs at {horizon} steps differ in {key}: {', '.join(map(str, values))}"
+            )
+        timed_on[key] = values[0]
+    times = [row["train_time_ms"] for row in rows]
+    if None in times:
+        raise AnalysisError(f"{timing}: a CE run at {horizon} steps has no train_time_ms")
+    ce_ms = float(statistics.median(times))
+    decision = {
+        "ce_train_time_ms": ce_ms,
+        "ce_run_ids": [row["run_id"] for row in rows],
+        "horizon": horizon,
+        "fraction": fraction,
+        "budget_ms": ce_ms * fraction,
+        "code_hashes": sorted({row["code_hash"] for row in rows}),
+    }
+    write_json(out, decision | timed_on)
+
+
+def read_budget(path: Path) -> dict:
+    return read_json(path, BUDGET_KEYS)
+
+
+def refuse_timing(row: dict, reference: dict) -> str:
+    """Why the time of `row` can't be held against that of `reference`; empty where it can."""
+    if is_shared(row):
+        return "timing refused: the run shared its device; train it again alone"
+    differ = [f"{key} {row[key]} against {reference[key]}" for key in TIMED_ON if row[key] != reference[key]]
+    return f"timing refused: {', '.join(differ)}" if differ else ""
+
+
+def kd_isolates(runs: list[RunFolder], out: Path) -> None:
+    """Median ms of a step of each timing isolate, and its ratio to the one that trains with CE only.
+
+    The ratio is left empty where the two can't be compared: one failed, or they were timed differently.
+    """
+    rows = []
+    for run in runs:
+        row = run.row()
+        rows.append(row | {"step_ms_median": run.step_ms() if run.ok else None, "is_ce": run.config.kd is None})
+    ce = next((row for row in rows if row["is_ce"] and row["step_ms_median"] and not is_shared(row)), None)
+    for row in rows:
+        fit = ce is not None and row["step_ms_median"] is not None and not refuse_timing(row, ce)
+        row["ratio_to_ce"] = row["step_ms_median"] / ce["step_ms_median"] if fit else None
+    write_csv(out, ISOLATE_COLUMNS, rows)

@@ -1,0 +1,228 @@
+"""The figures of a campaign, drawn from its tables: nothing is computed here.
+
+Each figure is written as PNG and SVG, and returned as SVG for the report. The colours below are those
+of the light page; in the report's SVG they become CSS variables, so that the page can go dark.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from kdclimb.analysis.tables import show_ms
+from kdclimb.artifacts import write_text, write_via
+
+# Blue, vermilion, green and violet stay apart under the common colour deficiencies; line styles repeat them.
+COLOURS = {
+    "ink": "#20242b",
+    "muted": "#6a717d",
+    "grid": "#dfe3e8",
+    "ce": "#1f6fb4",
+    "kd": "#d5500b",
+    "boost": "#0a8f6a",
+    "random": "#8a5bb5",
+}
+ARM_STYLE = {  # arm: (name, colour, line style)
+    "ce": ("CE", "ce", "-"),
+    "kd": ("KD", "kd", "-"),
+    "screen": ("KD", "kd", "-"),
+    "control_boost": ("CE, LR boost", "boost", "--"),
+    "control_random": ("KD, random teacher", "random", "-."),
+}
+SIZE = (5.4, 3.5)  # inches: as wide as a phone in CSS pixels, so that text keeps its size there
+FIRST_VALIDATIONS = 8
+RC = {
+    "font.size": 9.5,
+    "svg.fonttype": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": COLOURS["muted"],
+    "axes.labelcolor": COLOURS["ink"],
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["grid"],
+    "grid.linewidth": 0.7,
+    "text.color": COLOURS["ink"],
+    "xtick.color": COLOURS["muted"],
+    "ytick.color": COLOURS["muted"],
+    "xtick.labelcolor": COLOURS["ink"],
+    "ytick.labelcolor": COLOURS["ink"],
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+}
+
+
+def draw(folder: Path, data: dict) -> dict[str, str]:
+    """Draw all figures into `folder` from the tables and decisions in `data`.
+
+    Returns {name: SVG for the report}, where the SVG is empty for a figure with nothing to show.
+    """
+    drawings = {
+        "val_loss_steps": lambda axes: _curves(axes, data, "step"),
+        "val_loss_time": lambda axes: _curves(axes, data, "train_time_ms"),
+        "kd_alive": lambda axes: _alive(axes, data["curves"], data["screen"], data["verdict"]["point"]),
+        "teachers": lambda axes: _teachers(axes, data["teachers"], data["budget"]),
+        "isolates": lambda axes: _isolates(axes, data["isolates"]),
+    }
+    with matplotlib.rc_context(RC):
+        return {name: _render(folder, name, drawing) for name, drawing in drawings.items()}
+
+
+def _render(folder: Path, name: str, drawing) -> str:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    drawn = drawing(axes)
+    if not drawn:
+        axes.clear()
+        axes.axis("off")
+        axes.text(0.5, 0.5, "no data", ha="center", va="center", color=COLOURS["muted"], fontsize=14)
+    png, svg = io.BytesIO(), io.BytesIO()
+    figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # or ids would differ from one drawing to the next
+        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    write_via(folder / f"{name}.png", lambda temporary: temporary.write_bytes(png.getvalue()))
+    write_text(folder / f"{name}.svg", svg.getvalue().decode())
+    return _inline(name, svg.getvalue().decode()) if drawn else ""
+
+
+def _inline(name: str, svg: str) -> str:
+    """The SVG element alone: scalable, transparent, colours as CSS variables, ids that are unique in the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    for key, colour in COLOURS.items():
+        svg = svg.replace(colour, f"var(--fig-{key})")
+    return svg.replace("fill: #ffffff", "fill: none").replace(
+        "<svg ", f'<svg role="img" aria-label="{name.replace("_", " ")}" ', 1
+    )
+
+
+def _legend(axes: Axes, **place) -> None:
+    """One entry for each name, although several lines may carry it."""
+    handles, names = axes.get_legend_handles_labels()
+    unique = dict(zip(names, handles, strict=True))
+    axes.legend(unique.values(), unique.keys(), **place)
+
+
+def _by_run(rows: list[dict]) -> dict[tuple, list[dict]]:
+    runs: dict[tuple, list[dict]] = {}
+    for row in rows:
+        runs.setdefault((row["arm"], row["label"], row["run_id"]), []).append(row)
+    return runs
+
+
+def _line(axes: Axes, rows: list[dict], x: str, **style) -> None:
+    scale = 1000 if x.endswith("_ms") else 1
+    axes.plot([row[x] / scale for row in rows], [row["val_loss"] for row in rows], linewidth=1.5, **style)
+
+
+def _curves(axes: Axes, data: dict, x: str) -> bool:
+    """Validation loss of CE, KD and the boost control at the full horizon; KD again with its teacher's time."""
+    budget, target = data["budget"], data["target"]["value"]
+    timed = x != "step"
+    stops = {row["run_id"]: row["kd_stop_step"] for row in data["runs"]}
+    rows = [row for row in data["curves"] if row["horizon"] == budget["horizon"] and row["step"] > 0]
+    groups = {key: group for key, group in _by_run(rows).items() if key[0] in ("ce", "kd", "control_boost")}
+    several = len({label for arm, label, _ in groups if arm == "kd"}) > 1
+    for (arm, label, run_id), group in groups.items():
+        name, colour, dashes = ARM_STYLE[arm]
+        name = f"{name} {label}" if several and arm != "ce" else name
+        _line(axes, group, x, color=COLOURS[colour], linestyle=dashes, label=name)
+        if timed and arm == "kd":
+            style = {"color": COLOURS["kd"], "linestyle": ":", "label": "KD, teacher's time added"}
+            _line(axes, group, "time_with_teacher_ms", **style)
+        for row in group if arm == "kd" else ():
+            if row["step"] == stops.get(run_id):
+                place = [row[x] / 1000 if timed else row[x]], [row["val_loss"]]
+                axes.plot(*place, "o", color=COLOURS["kd"], markersize=5, label="KD stops", linestyle="none")
+    if target is not None:
+        axes.axhline(target, color=COLOURS["muted"], linewidth=1, linestyle=(0, (4, 2)), label="target")
+    axes.set_xlabel(f"{'modelled ' if budget['clock'] == 'modelled' else ''}training time (s)" if timed else "step")
+    axes.set_ylabel("validation loss (nats)")
+    _legend(axes)
+    return bool(groups)
+
+
+def _alive(axes: Axes, curves: list[dict], screen: list[dict], point: str | None) -> bool:
+    """The first validations at the screen's horizon and seed: the promoted point, CE and the random teacher."""
+    start = next((row["run_id"] for row in screen if row["label"] == point), None)
+    kd = [row for row in curves if row["arm"] == "screen" and row["run_id"] == start]
+    if not kd:
+        return False
+    place = (kd[0]["horizon"], kd[0]["seed"])
+    for arm, marker in (("control_random", "s"), ("ce", "^"), ("screen", "o")):
+        rows = [
+            row for row in curves if row["arm"] == arm and (row["horizon"], row["seed"]) == place and row["step"] > 0
+        ]
+        rows = [row for row in rows if arm == "ce" or row["label"] == point][:FIRST_VALIDATIONS]
+        name, colour, dashes = ARM_STYLE[arm]
+        if rows:
+            _line(axes, rows, "step", color=COLOURS[colour], linestyle=dashes, marker=marker, markersize=5, label=name)
+    axes.set_xlabel("step")
+    axes.set_ylabel("validation loss (nats)")
+    _legend(axes)
+    return True
+
+
+def _teachers(axes: Axes, teachers: list[dict], budget: dict) -> bool:
+    """Each trained candidate's time and loss; those turned away on their projected time lie on the axis."""
+    if not teachers:
+        return False
+    styles = {
+        "selected": ("o", COLOURS["kd"], 9),
+        "survivor": ("o", COLOURS["ce"], 7),
+        "rejected": ("x", COLOURS["muted"], 7),
+    }
+    trained = [row for row in teachers if row["final_val"] is not None and row["train_time_ms"] is not None]
+    for row in trained:
+        marker, colour, size = styles[row["verdict"]]
+        x, y = row["train_time_ms"] / 1000, row["final_val"]
+        axes.plot([x], [y], marker, color=colour, markersize=size, label=row["verdict"], linestyle="none")
+        if row["verdict"] == "selected" or len(trained) <= 8:
+            offset = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(row["candidate"], (x, y), fontsize=8, color=COLOURS["ink"], **offset)
+    projected = [
+        row["projected_ms"] / 1000 for row in teachers if row not in trained and row["projected_ms"] is not None
+    ]
+    if projected:
+        style = {"color": COLOURS["muted"], "markersize": 6, "linestyle": "none", "markerfacecolor": "none"}
+        across = axes.get_xaxis_transform()
+        axes.plot(projected, [0.03] * len(projected), "v", transform=across, label="projected only", **style)
+    axes.axvline(budget["budget_ms"] / 1000, color=COLOURS["ink"], linewidth=1, linestyle=(0, (4, 2)), label="budget")
+    axes.set_xscale("log")  # a candidate may be projected at many times the budget
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.15, y=0.2)
+    axes.set_xlabel("teacher training time (s)")
+    axes.set_ylabel("final validation loss (nats)")
+    if not trained:
+        axes.set_yticks([])
+    _legend(axes, bbox_to_anchor=(0, 1.0), loc="lower left", ncols=3)
+    return True
+
+
+def _isolates(axes: Axes, isolates: list[dict]) -> bool:
+    """Median step time of each isolate, the first on top, with its ratio to CE."""
+    rows = [row for row in isolates if row["step_ms_median"] is not None]
+    if not rows:
+        return False
+    times = [row["step_ms_median"] for row in rows]
+    bars = axes.barh([row["label"] for row in rows], times, color=COLOURS["ce"], height=0.5)
+    texts = []
+    for row in rows:
+        ratio = "" if row["ratio_to_ce"] is None else f"  ({row['ratio_to_ce']:.2f}x CE)"
+        texts.append(f"{show_ms(row['step_ms_median'])}{ratio}")
+    axes.bar_label(bars, texts, padding=4, color=COLOURS["ink"])
+    axes.set_xlim(0, 1.6 * max(times))  # room for the labels
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.set_xlabel("median step (ms)")
+    return True

@@ -1,0 +1,66 @@
+"""The ledger: every run of the campaign on one line, in the columns that such campaigns have always used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kdclimb.analysis.tables import RunFolder, write_csv
+from kdclimb.analysis.targets import crossing, read_target
+
+LEDGER_COLUMNS = tuple(
+    "run_id mode teacher_params_m teacher_steps teacher_train_time_ms alpha temp kd_lr_boost student_steps best_val "
+    "final_val steps_to_target status artifact_dir".split()
+)
+MODES = {
+    "ce": "ce_baseline",
+    "probe": "teacher_probe",
+    "teacher": "teacher",
+    "isolate": "kd_isolate",
+    "screen": "kd_screen",
+    "kd": "kd_full",
+    "control_boost": "ce_lr_boost",
+    "control_random": "kd_random_teacher",
+}
+TEACHER_ARMS = ("probe", "teacher")
+TARGET_ARMS = ("ce", "screen", "kd", "control_boost", "control_random")  # whose steps to target mean something
+NOT_APPLICABLE = "-"
+
+
+def ledger(runs: list[RunFolder], target: Path, out: Path) -> None:
+    """Write one row for each distinct run, in the order of the arms; a run shared by arms counts for the first.
+
+    Parameters are the stored ones in millions, times ms, losses nats, and alpha the weight of the KD term.
+    """
+    goal = read_target(target)
+    distinct: dict[str, RunFolder] = {}
+    for run in sorted(runs, key=lambda run: list(MODES).index(run.arm)):
+        distinct.setdefault(run.run_id, run)
+    teachers = {run.run_id: run for run in runs if run.arm == "teacher"}
+    rows = [_ledger_row(run, teachers, goal) for run in distinct.values()]
+    write_csv(out, LEDGER_COLUMNS, [{k: NOT_APPLICABLE if v is None else v for k, v in row.items()} for row in rows])
+
+
+def _ledger_row(run: RunFolder, teachers: dict[str, RunFolder], target: dict) -> dict:
+    kd, summary, is_teacher = run.config.kd, run.summary, run.arm in TEACHER_ARMS
+    source = run if is_teacher else teachers.get(kd.teacher) if kd else None
+    params = source.summary["params_stored"] if source else None
+    trained = source is not None and not (kd and kd.random_teacher)  # random weights cost no training
+    reached = crossing(run, target).step if run.arm in TARGET_ARMS else None
+    taught = kd is not None and not kd.infer_only
+    boost = run.config.schedule.lr_boost
+    return {
+        "run_id": run.run_id,
+        "mode": MODES[run.arm],
+        "teacher_params_m": None if params is None else params / 1e6,
+        "teacher_steps": source.summary["steps"] if trained else None,
+        "teacher_train_time_ms": source.summary["train_time_ms"] if trained else None,
+        "alpha": kd.alpha if taught else None,
+        "temp": kd.temperature if taught else None,
+        "kd_lr_boost": boost.mult if boost else 1.0 if taught else None,
+        "student_steps": None if is_teacher else summary["steps"],
+        "best_val": summary["best_val"],
+        "final_val": summary["final_val"],
+        "steps_to_target": "never" if reached is None and run.arm in TARGET_ARMS else reached,
+        "status": run.status,
+        "artifact_dir": run.folder,
+    }

@@ -1,0 +1,166 @@
+"""Which candidates go on: teachers by projected and measured time, then by loss; KD points by their rank.
+
+Each filter gives a reason, with numbers, for every candidate that it rejects.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from itertools import pairwise
+from pathlib import Path
+
+from kdclimb.analysis.budget import read_budget, refuse_timing
+from kdclimb.analysis.tables import (
+    RUN_COLUMNS,
+    RunFolder,
+    read_csv,
+    read_json,
+    write_csv,
+)
+from kdclimb.analysis.targets import SCREEN_COLUMNS
+from kdclimb.artifacts import write_json
+from kdclimb.config import ScheduleConfig
+
+PROBE_COLUMNS = tuple(
+    "candidate run_id status reason steps horizon probe_step_ms projected_ms params_stored params_active "
+    "flops_per_token device threads clock shared_device".split()
+)
+EARLY_VALIDATIONS = 3  # after step 0: the first checkpoints, over which a teacher must improve
+EARLY_COLUMNS = tuple(f"early_val_{i}" for i in range(EARLY_VALIDATIONS + 1))  # nats; 0 is the one at step 0
+TRAINED_COLUMNS = ("candidate", *RUN_COLUMNS, *EARLY_COLUMNS, "missing_artifacts")
+ARTIFACTS = "config.json train.log steps.csv val.csv summary.csv status.json val_loss.png step_time.png".split()
+SELECTED_KEYS = ("run_id", "candidate", "final_val", "best_val", "train_time_ms", "budget_ms", "reason")
+
+
+def total_tokens(schedule: ScheduleConfig) -> int:
+    """Tokens of a run over its whole horizon: step s (from 0) trains in stage floor(s * stages / horizon)."""
+    stages = len(schedule.batch_tokens)
+    return sum(schedule.batch_tokens[step * stages // schedule.horizon] for step in range(schedule.horizon))
+
+
+def teacher_probe(runs: list[RunFolder], out: Path) -> None:
+    """Project the training time (ms) of each candidate from its first few steps; nothing for one that failed."""
+    write_csv(out, PROBE_COLUMNS, [_probe_row(run) for run in runs])
+
+
+def _probe_row(run: RunFolder) -> dict:
+    schedule = run.config.schedule
+    step_ms = projected = None
+    if run.ok:
+        step_ms = run.step_ms()
+        projected = step_ms * schedule.horizon
+        if len(set(schedule.batch_tokens)) > 1:  # later stages take longer steps than the probe saw
+            projected = statistics.median(run.durations(per_token=True)) * total_tokens(schedule)
+    return run.row() | {
+        "candidate": run.label,
+        "steps": len(run.steps),
+        "probe_step_ms": step_ms,
+        "projected_ms": projected,
+    }
+
+
+def filter_projected(probe: Path, budget: Path, out: Path) -> None:
+    """Keep the candidates whose projected time is within the budget and was taken on the budget's terms."""
+    _filter(read_csv(probe, PROBE_COLUMNS), read_budget(budget), _projected_problems, out)
+
+
+def filter_measured(trained: Path, budget: Path, out: Path) -> None:
+    """Keep the teachers that pass the checklist: time, status, early improvement, complete artifacts."""
+    _filter(read_csv(trained, TRAINED_COLUMNS), read_budget(budget), _measured_problems, out)
+
+
+def _filter(rows: list[dict], budget: dict, problems, out: Path) -> None:
+    rejected = {}
+    for row in rows:
+        if found := [problem for problem in problems(row, budget) if problem]:
+            rejected[row["candidate"]] = "; ".join(found)
+    survivors = [row["candidate"] for row in rows if row["candidate"] not in rejected]
+    write_json(out, {"budget_ms": budget["budget_ms"], "survivors": survivors, "rejected": rejected})
+
+
+def _projected_problems(row: dict, budget: dict) -> list[str]:
+    if row["status"] != "ok":
+        return [_failed(row)]
+    return [refuse_timing(row, budget), _over_budget("projected", row["projected_ms"], budget)]
+
+
+def _measured_problems(row: dict, budget: dict) -> list[str]:
+    if row["status"] != "ok":
+        return [_failed(row)]
+    missing = row["missing_artifacts"]
+    return [
+        refuse_timing(row, budget),
+        _over_budget("measured", row["train_time_ms"], budget),
+        _early_problem([row[column] for column in EARLY_COLUMNS]),
+        f"artifacts missing: {missing}" if missing else "",
+    ]
+
+
+def _failed(row: dict) -> str:
+    reason = row["reason"] or "no reason recorded"
+    return f"no OOM fallback: {reason}" if row["status"] == "oom" else f"{row['status']}: {reason}"
+
+
+def _over_budget(how: str, ms: float | None, budget: dict) -> str:
+    limit = budget["budget_ms"]
+    if ms is None:
+        return f"no {how} time"
+    return f"{how} time {ms:,.1f} ms is over the budget of {limit:,.1f} ms" if ms > limit else ""
+
+
+def _early_problem(losses: list[float | None]) -> str:
+    losses = [loss for loss in losses if loss is not None]
+    if len(losses) < 2:
+        return "no validation after step 0"
+    for i, (before, after) in enumerate(pairwise(losses), start=1):
+        if not after < before:  # so that NaN is rejected too
+            return f"validation not falling early: {before:.4f}, then {after:.4f} at validation {i} after step 0"
+    return ""
+
+
+def teacher_train(runs: list[RunFolder], out: Path) -> None:
+    """Collect the trained candidates: their summaries, first validations (nats) and missing artifacts."""
+    write_csv(out, TRAINED_COLUMNS, [_trained_row(run) for run in runs])
+
+
+def _trained_row(run: RunFolder) -> dict:
+    losses = [row["val_loss"] for row in run.val[: len(EARLY_COLUMNS)]]
+    losses += [None] * (len(EARLY_COLUMNS) - len(losses))
+    missing = [name for name in ARTIFACTS if not (run.folder / name).is_file()]
+    checkpoints = run.folder / "checkpoints"
+    if not checkpoints.is_dir() or not any(checkpoints.iterdir()):
+        missing.append("checkpoints/")
+    early = dict(zip(EARLY_COLUMNS, losses, strict=True))
+    return run.row() | early | {"candidate": run.label, "missing_artifacts": " ".join(missing)}
+
+
+def teacher_select(trained: Path, projected: Path, measured: Path, budget: Path, out: Path) -> None:
+    """The survivor of lowest final validation loss (nats); of equals, the cheaper one. None is a result too."""
+    limit = read_budget(budget)["budget_ms"]
+    survivors = read_json(measured, ["survivors", "rejected"])
+    rows = [row for row in read_csv(trained, TRAINED_COLUMNS) if row["candidate"] in survivors["survivors"]]
+    rows = [row for row in rows if row["final_val"] is not None and math.isfinite(row["final_val"])]
+    decision = dict.fromkeys(SELECTED_KEYS) | {"budget_ms": limit}
+    if not rows:
+        rejected = read_json(projected, ["rejected"])["rejected"] | survivors["rejected"]
+        why = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
+        decision["reason"] = f"no teacher meets the budget of {limit:,.1f} ms: {why or 'no candidate was tried'}"
+    else:
+        best = min(rows, key=lambda row: (row["final_val"], row["train_time_ms"]))
+        decision |= {key: best[key] for key in SELECTED_KEYS if key in best}
+        decision["reason"] = f"lowest final val_loss of {len(rows)} within the budget"
+    write_json(out, decision)
+
+
+def kd_promote(screen: Path, promote: int, out: Path) -> None:
+    """The labels of the `promote` best screened points that trained to their end, best first."""
+    rows = sorted(read_csv(screen, SCREEN_COLUMNS), key=lambda row: row["rank"])
+    points = [row["label"] for row in rows if row["status"] == "ok"][:promote]
+    if points:
+        reason = f"best {len(points)} of {len(rows)} by steps to target, then stability, then final val_loss"
+    elif rows:
+        reason = "every screened run failed: " + "; ".join(f"{row['label']}: {_failed(row)}" for row in rows)
+    else:
+        reason = "nothing was screened"
+    write_json(out, {"points": points, "reason": reason})

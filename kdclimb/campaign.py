@@ -1,0 +1,471 @@
+"""A campaign: its validated config, and the pure expansion of it into runs.
+
+`load` turns the merged YAML into a frozen `Campaign`; `expand(campaign, decisions)` lists every run
+that can be named so far, where `decisions` are the JSON files that the checkpoints wrote. No torch
+and no I/O beyond the config's own files: the Snakefile calls this each time it is parsed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import jsonschema
+import yaml
+
+from kdclimb.config import (
+    BoostConfig,
+    ConfigError,
+    DataRef,
+    KDConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    ScheduleConfig,
+    ValidationConfig,
+    build,
+    canonical_json,
+    require,
+    short_hash,
+)
+
+LOCKED_VALIDATION_EVERY = 25  # steps
+LOCKED_BUDGET_FRACTION = 0.10
+DECISIONS = ("projected", "selected", "promoted")  # what expand() needs to know, in the order it is decided
+
+
+@dataclass(frozen=True)
+class TextSection:
+    files: tuple[str, ...]
+    val_fraction: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class ShardsSection:
+    train: str
+    val: str
+    bos_id: int
+
+
+@dataclass(frozen=True)
+class DataSection:
+    source: str
+    vocab_size: int
+    text: TextSection
+    shards: ShardsSection
+
+
+@dataclass(frozen=True)
+class StudentSection:
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    bigram_vocab_size: int
+    untie_frac: float
+    softcap: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    horizons: tuple[int, ...]
+    seeds: tuple[int, ...]
+    batch_tokens: tuple[int, ...]
+    batch_lr: tuple[float, ...]
+    micro_batch_tokens: int
+    max_doc_tokens: int
+    cooldown_frac: float
+    lr_floor: float
+    muon_lr: float
+    muon_momentum: float
+    muon_weight_decay: float
+    adam_lr: float
+    adam_beta1: float
+    adam_beta2: float
+    bigram_lr_mult: float
+
+
+@dataclass(frozen=True)
+class BudgetSection:
+    fraction: float
+    clock: str
+    modelled_tflops: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return f"L{self.num_layers}-H{self.num_heads}-D{self.head_dim}-{self.steps}"
+
+
+@dataclass(frozen=True)
+class TeacherSection:
+    exploratory: bool
+    bigram_vocab_size: int
+    probe_steps: int
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class GridSection:
+    temperature: tuple[float, ...]
+    lr_boost: tuple[float, ...]
+    hold_frac: tuple[float, ...]
+    drop_frac: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class KDSection:
+    exploratory: bool
+    alpha: float
+    dynamic_norm: bool
+    norm_floor: float
+    norm_max: float
+    stop_margin: float
+    stop_min_step: int
+    post_stop_lr: float
+    post_stop_blend_steps: int
+    isolate_steps: int
+    promote: int
+    grid: GridSection
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """The whole config of a campaign; one attribute for each top-level key of the YAML."""
+
+    campaign: str
+    device: str
+    code: str
+    data: DataSection
+    student: StudentSection
+    train: TrainSection
+    validation: ValidationConfig
+    budget: BudgetSection
+    teacher: TeacherSection
+    kd: KDSection
+
+    @property
+    def exploratory(self) -> bool:
+        return self.kd.exploratory or self.teacher.exploratory
+
+    @property
+    def results(self) -> str:
+        return f"results/{self.campaign}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run and its place in the campaign: `arm` is the stage that asks for it, `label` what sets it apart there."""
+
+    arm: str
+    label: str
+    config: RunConfig
+
+    @property
+    def run_id(self) -> str:
+        return self.config.run_id
+
+
+def schema_path() -> Path:
+    return Path(__file__).resolve().parent.parent / "config" / "schema.yaml"
+
+
+def load(config: dict, root: Path) -> Campaign:
+    """Validate the merged config against the schema, the dataclasses, the shapes and the locks.
+
+    Raises ConfigError that names the key, the value and what is allowed. `root` is the project
+    folder that paths in the config start from. `device: auto` is resolved here.
+    """
+    schema = yaml.safe_load(schema_path().read_text())
+    errors = jsonschema.Draft202012Validator(schema).iter_errors(config)
+    for error in sorted(errors, key=lambda e: (len(e.absolute_path), str(e.absolute_path))):
+        raise ConfigError(_explain(error))
+    campaign = build(Campaign, config)
+    _check_locks(campaign)
+    _check_shapes(campaign)
+    if campaign.data.source == "text":
+        for i, name in enumerate(campaign.data.text.files):
+            require((root / name).is_file(), f"data.text.files[{i}]", name, f"a file that exists under {root}")
+    if campaign.device == "auto":
+        campaign = dataclasses.replace(campaign, device=detect_device())
+    return campaign
+
+
+def _explain(error: jsonschema.ValidationError) -> str:
+    key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in error.absolute_path).lstrip(".")
+    if error.validator == "additionalProperties":
+        known = error.schema["properties"]
+        unknown = sorted(set(error.instance) - set(known))
+        where = f"{key}.{unknown[0]}" if key else unknown[0]
+        return f"{where}: unknown key; allowed here: {', '.join(sorted(known))}"
+    if error.validator == "required":
+        return f"{key}: {error.message}"
+    allowed = {
+        "type": "a value of type {}",
+        "enum": "one of {}",
+        "multipleOf": "a multiple of {}",
+        "pattern": "text matching {}",
+    }
+    text = allowed.get(error.validator, error.validator + " {}").format(error.validator_value)
+    return f"{key}: {error.instance!r} is not allowed; allowed: {text}"
+
+
+def detect_device() -> str:
+    """cuda where nvidia-smi lists a GPU, else cpu. Without torch, since the Snakefile asks at every parse."""
+    if shutil.which("nvidia-smi") is None:
+        return "cpu"
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return "cuda" if listed.returncode == 0 and listed.stdout.startswith("GPU") else "cpu"
+
+
+def _check_shapes(campaign: Campaign) -> None:
+    train, kd = campaign.train, campaign.kd
+    require(list(train.horizons) == sorted(train.horizons), "train.horizons", list(train.horizons), "ascending steps")
+    require(
+        train.horizons[0] >= 2 * campaign.validation.every,
+        "train.horizons",
+        list(train.horizons),
+        f"at least {2 * campaign.validation.every} steps, two validations, so that a target can be confirmed",
+    )
+    require(
+        train.max_doc_tokens <= train.micro_batch_tokens,
+        "train.max_doc_tokens",
+        train.max_doc_tokens,
+        f"at most train.micro_batch_tokens ({train.micro_batch_tokens})",
+    )
+    for i, candidate in enumerate(campaign.teacher.candidates):
+        require(
+            candidate.steps > campaign.teacher.probe_steps,
+            f"teacher.candidates[{i}].steps",
+            candidate.steps,
+            f"more than teacher.probe_steps ({campaign.teacher.probe_steps})",
+        )
+    require(
+        max(kd.grid.hold_frac) < min(kd.grid.drop_frac),
+        "kd.grid.drop_frac",
+        list(kd.grid.drop_frac),
+        f"above every kd.grid.hold_frac ({list(kd.grid.hold_frac)})",
+    )
+    require(
+        kd.isolate_steps <= train.horizons[0],
+        "kd.isolate_steps",
+        kd.isolate_steps,
+        f"at most the first horizon ({train.horizons[0]})",
+    )
+    expand(campaign, {})  # constructs, and so checks, every shape
+
+
+def _check_locks(campaign: Campaign) -> None:
+    lock = "locked, so that campaigns compare; {} lifts it, and nothing is then a claim"
+    require(
+        campaign.validation.every == LOCKED_VALIDATION_EVERY
+        or (campaign.kd.exploratory and campaign.teacher.exploratory),
+        "validation.every",
+        campaign.validation.every,
+        f"{LOCKED_VALIDATION_EVERY} ({lock.format('exploratory: true in both kd and teacher')})",
+    )
+    require(
+        campaign.budget.fraction <= LOCKED_BUDGET_FRACTION or campaign.teacher.exploratory,
+        "budget.fraction",
+        campaign.budget.fraction,
+        f"at most {LOCKED_BUDGET_FRACTION} ({lock.format('teacher.exploratory: true')})",
+    )
+    require(
+        campaign.kd.dynamic_norm or campaign.kd.exploratory,
+        "kd.dynamic_norm",
+        campaign.kd.dynamic_norm,
+        f"true ({lock.format('kd.exploratory: true')})",
+    )
+
+
+def data_spec(campaign: Campaign, root: Path) -> dict:
+    """What decides the prepared data: the used half of `data`, and the sha256 of embedded text files."""
+    data = campaign.data
+    spec = {"source": data.source, "vocab_size": data.vocab_size}
+    if data.source == "text":
+        hashes = [hashlib.sha256((root / name).read_bytes()).hexdigest() for name in data.text.files]
+        spec |= dataclasses.asdict(data.text) | {"sha256": hashes}
+    else:
+        spec |= dataclasses.asdict(data.shards)
+    return json.loads(canonical_json(spec))
+
+
+def data_id(campaign: Campaign, root: Path) -> str:
+    return f"{campaign.data.source}-{campaign.data.vocab_size}-{short_hash(canonical_json(data_spec(campaign, root)))}"
+
+
+def read_decisions(folder: Path) -> dict:
+    """The decisions taken so far: {name: contents} of the JSON files under results/<campaign>/ that exist."""
+    files = {"projected": "teacher/projected.json", "selected": "teacher/selected.json", "promoted": "kd/promoted.json"}
+    return {
+        name: json.loads((folder / files[name]).read_text()) for name in DECISIONS if (folder / files[name]).is_file()
+    }
+
+
+def expand(campaign: Campaign, decisions: dict, data: str = "unprepared") -> list[Run]:
+    """Every run that the campaign names, given the decisions taken so far. Pure.
+
+    Arms, in order: ce, probe; teacher (needs `projected`); isolate, screen (need `selected`); kd,
+    control_boost, control_random (need `promoted`). A decision that speaks of something the config
+    no longer holds expands to nothing. Runs that several arms share appear once for each.
+    """
+    runs = _Expansion(campaign, data)
+    arms = runs.ce() + runs.teachers("probe", campaign.teacher.candidates)
+    surviving = set(decisions.get("projected", {}).get("survivors", ()))
+    arms += runs.teachers("teacher", [c for c in campaign.teacher.candidates if c.name in surviving])
+    teacher = decisions.get("selected", {}).get("run_id")
+    if teacher not in {run.run_id for run in arms if run.arm == "teacher"}:
+        return arms
+    arms += runs.isolates(teacher) + runs.screen(teacher)
+    promoted = set(decisions.get("promoted", {}).get("points", ()))
+    return arms + runs.promoted(teacher, promoted)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of the KD grid. Without a boost, hold and drop mean nothing and are left out."""
+
+    temperature: float
+    lr_boost: BoostConfig | None
+
+    @property
+    def name(self) -> str:
+        boost = self.lr_boost
+        tail = "" if boost is None else f"-boost{boost.mult:g}-hold{boost.hold_frac:g}-drop{boost.drop_frac:g}"
+        return f"T{self.temperature:g}{tail}"
+
+
+def grid_points(grid: GridSection) -> list[Point]:
+    points = []
+    for temperature, mult, hold, drop in itertools.product(
+        grid.temperature, grid.lr_boost, grid.hold_frac, grid.drop_frac
+    ):
+        point = Point(temperature, None if mult == 1.0 else BoostConfig(mult, hold, drop))
+        if point not in points:
+            points.append(point)
+    return points
+
+
+class _Expansion:
+    """Builds run configs that differ only in what their arm is about."""
+
+    def __init__(self, campaign: Campaign, data: str):
+        self.campaign = campaign
+        train = campaign.train
+        self.first, self.last = train.horizons[0], train.horizons[-1]
+        self.data = DataRef(data, campaign.data.vocab_size)
+        self.optim = OptimConfig(**{f.name: getattr(train, f.name) for f in dataclasses.fields(OptimConfig)})
+
+    def model(self, shape, bigram_vocab_size: int) -> ModelConfig:
+        student = self.campaign.student
+        return ModelConfig(
+            vocab_size=self.campaign.data.vocab_size,
+            num_layers=shape.num_layers,
+            num_heads=shape.num_heads,
+            head_dim=shape.head_dim,
+            bigram_vocab_size=bigram_vocab_size,
+            untie_frac=student.untie_frac,
+            softcap=student.softcap,
+        )
+
+    def run(self, arm, label, *, horizon, seed, model=None, stop_step=None, boost=None, kd=None) -> Run:
+        campaign, train = self.campaign, self.campaign.train
+        schedule = ScheduleConfig(
+            horizon=horizon,
+            stop_step=horizon if stop_step is None else stop_step,
+            batch_tokens=train.batch_tokens,
+            batch_lr=train.batch_lr,
+            micro_batch_tokens=train.micro_batch_tokens,
+            max_doc_tokens=train.max_doc_tokens,
+            cooldown_frac=train.cooldown_frac,
+            lr_floor=train.lr_floor,
+            lr_boost=boost,
+        )
+        modelled = campaign.budget.clock == "modelled"
+        config = RunConfig(
+            model=model or self.model(campaign.student, campaign.student.bigram_vocab_size),
+            data=self.data,
+            optim=self.optim,
+            schedule=schedule,
+            validation=campaign.validation,
+            kd=kd,
+            seed=seed,
+            device=campaign.device,
+            clock=campaign.budget.clock,
+            modelled_tflops=campaign.budget.modelled_tflops if modelled else 0.0,
+        )
+        return Run(arm, label, config)
+
+    def kd(self, teacher: str, temperature: float, *, random_teacher=False, infer_only=False) -> KDConfig:
+        shared = {f.name for f in dataclasses.fields(KDConfig)} & {f.name for f in dataclasses.fields(KDSection)}
+        values = {name: getattr(self.campaign.kd, name) for name in shared}
+        return KDConfig(
+            teacher=teacher, temperature=temperature, random_teacher=random_teacher, infer_only=infer_only, **values
+        )
+
+    def ce(self) -> list[Run]:
+        train = self.campaign.train
+        pairs = itertools.product(train.horizons, train.seeds)
+        return [self.run("ce", f"CE {horizon}", horizon=horizon, seed=seed) for horizon, seed in pairs]
+
+    def teachers(self, arm: str, candidates) -> list[Run]:
+        section, seed = self.campaign.teacher, self.campaign.train.seeds[0]
+        runs = []
+        for c in candidates:
+            model = self.model(c, section.bigram_vocab_size)
+            stop = section.probe_steps if arm == "probe" else None
+            runs.append(self.run(arm, c.name, horizon=c.steps, seed=seed, model=model, stop_step=stop))
+        return runs
+
+    def isolates(self, teacher: str) -> list[Run]:
+        temperature = self.campaign.kd.grid.temperature[0]
+        modes = {
+            "CE only": None,
+            "CE + teacher inference": self.kd(teacher, temperature, infer_only=True),
+            "CE + KD": self.kd(teacher, temperature),
+        }
+        seed, stop = self.campaign.train.seeds[0], self.campaign.kd.isolate_steps
+        return [
+            self.run("isolate", label, horizon=self.first, seed=seed, stop_step=stop, kd=kd)
+            for label, kd in modes.items()
+        ]
+
+    def screen(self, teacher: str) -> list[Run]:
+        seed = self.campaign.train.seeds[0]
+        return [
+            self.run(
+                "screen", p.name, horizon=self.first, seed=seed, boost=p.lr_boost, kd=self.kd(teacher, p.temperature)
+            )
+            for p in grid_points(self.campaign.kd.grid)
+        ]
+
+    def promoted(self, teacher: str, names: set[str]) -> list[Run]:
+        seeds = self.campaign.train.seeds
+        kd, boosted, random = [], [], []
+        for p in grid_points(self.campaign.kd.grid):
+            if p.name not in names:
+                continue
+            config = self.kd(teacher, p.temperature)
+            kd += [self.run("kd", p.name, horizon=self.last, seed=s, boost=p.lr_boost, kd=config) for s in seeds]
+            if p.lr_boost is not None:
+                boosted += [
+                    self.run("control_boost", p.name, horizon=self.last, seed=s, boost=p.lr_boost) for s in seeds
+                ]
+            config = self.kd(teacher, p.temperature, random_teacher=True)
+            random.append(
+                self.run("control_random", p.name, horizon=self.first, seed=seeds[0], boost=p.lr_boost, kd=config)
+            )
+        return kd + boosted + random

@@ -1,0 +1,231 @@
+"""The fully resolved configuration of one run, and the id that names it.
+
+A run is a pure function of its `RunConfig` (and of the code): the same config gives the same
+`run_id`, and a folder `results/runs/<run_id>/` holds nothing else. No torch here: the Snakefile
+imports this module each time it is parsed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass
+
+
+class ConfigError(ValueError):
+    """A config that can't be run. The message names the key, its value and what is allowed."""
+
+
+def build(cls, values: dict, where: str = ""):
+    """Make the frozen dataclass `cls` from a plain dict, recursively.
+
+    Raises ConfigError for an unknown or missing key and for a value of the wrong type, named by its
+    dotted path. Ints are taken where floats are asked for; nothing else is converted.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where or cls.__name__}: {values!r} is not a mapping of keys to values")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise ConfigError(f"{_dotted(where, key)}: unknown key; allowed here: {', '.join(sorted(hints))}")
+    for key in hints:
+        if key not in values:
+            raise ConfigError(f"{_dotted(where, key)}: this key is missing")
+    return cls(**{key: _convert(hints[key], values[key], _dotted(where, key)) for key in hints})
+
+
+def _dotted(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _convert(hint, value, where: str):
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):  # X | None is the only union we use
+        return None if value is None else _convert(args[0], value, where)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where}: {value!r} is not a list")
+        return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else build(hint, value, where)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is float and number:
+        if not math.isfinite(value):
+            raise ConfigError(f"{where}: {value!r} is not a finite number")
+        return float(value)
+    if hint is not float and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{where}: {value!r} is a {type(value).__name__}, not a {hint.__name__}")
+
+
+def require(condition: bool, key: str, value, allowed: str) -> None:
+    """Raise ConfigError in the one form that all config errors have, unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{key}: {value!r} is not allowed; allowed: {allowed}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a GPT; student and teacher are the same class at other shapes."""
+
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    bigram_vocab_size: int  # rows of the hashed bigram table; 2 = practically none
+    untie_frac: float  # head tied to the embedding before this fraction of the horizon; 0 untied, 1 tied for good
+    softcap: tuple[float, ...]  # (a, b, c) of a*sigmoid((z+b)/c)
+
+    def __post_init__(self) -> None:
+        require(self.num_layers >= 1, "num_layers", self.num_layers, "1 or more")
+        require(self.num_heads >= 2 and self.num_heads % 2 == 0, "num_heads", self.num_heads, "an even number")
+        require(self.head_dim >= 4 and self.head_dim % 4 == 0, "head_dim", self.head_dim, "a multiple of 4")
+        require(self.bigram_vocab_size >= 2, "bigram_vocab_size", self.bigram_vocab_size, "2 or more")
+        require(0.0 <= self.untie_frac <= 1.0, "untie_frac", self.untie_frac, "0 to 1")
+        require(
+            len(self.softcap) == 3 and self.softcap[0] > 0 and self.softcap[2] > 0,
+            "softcap",
+            self.softcap,
+            "three numbers a, b, c with a > 0 and c > 0, for a*sigmoid((z+b)/c)",
+        )
+
+    @property
+    def dim(self) -> int:
+        return self.num_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Muon for the matrices of the blocks, Adam for the rest."""
+
+    muon_lr: float
+    muon_momentum: float
+    muon_weight_decay: float
+    adam_lr: float
+    adam_beta1: float
+    adam_beta2: float
+    bigram_lr_mult: float  # times adam_lr, for the bigram table
+
+
+@dataclass(frozen=True)
+class BoostConfig:
+    """The early LR boost: `mult` up to `hold_frac` of the horizon, then linearly to 1 at `drop_frac`."""
+
+    mult: float
+    hold_frac: float
+    drop_frac: float
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """What happens at which step. The LR schedule is tied to `horizon`; `stop_step` may end a run early."""
+
+    horizon: int  # steps
+    stop_step: int  # steps really run: the horizon, or fewer for probes and timing isolates
+    batch_tokens: tuple[int, ...]  # tokens a step, by equal stages of the horizon
+    batch_lr: tuple[float, ...]  # LR multiplier of each stage
+    micro_batch_tokens: int
+    max_doc_tokens: int  # longer documents are cut
+    cooldown_frac: float  # last part of the horizon, over which the LR falls linearly to lr_floor
+    lr_floor: float  # fraction of the base LR
+    lr_boost: BoostConfig | None
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.batch_lr) == len(self.batch_tokens),
+            "train.batch_lr",
+            self.batch_lr,
+            "one multiplier for each stage in train.batch_tokens",
+        )
+        for tokens in self.batch_tokens:
+            require(
+                tokens % self.micro_batch_tokens == 0,
+                "train.batch_tokens",
+                tokens,
+                f"multiples of train.micro_batch_tokens ({self.micro_batch_tokens})",
+            )
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    every: int  # steps
+    tokens: int
+
+
+@dataclass(frozen=True)
+class DataRef:
+    """Which prepared data: the id names its folder under results/data/."""
+
+    id: str
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class KDConfig:
+    """Logits distillation of one run. total = (1 - alpha) * CE + alpha * norm * T^2 KL(teacher || student)."""
+
+    teacher: str  # run id of the teacher
+    random_teacher: bool  # control: the teacher's shape with fresh random weights
+    infer_only: bool  # control: teacher forward only, no KD loss
+    alpha: float
+    temperature: float
+    dynamic_norm: bool  # scale the KL to the size of the CE
+    norm_floor: float  # nats: KL below this is taken as this, so that the factor stays finite
+    norm_max: float  # largest factor
+    stop_margin: float  # nats: KD stops when student val <= teacher val + margin
+    stop_min_step: int  # steps
+    post_stop_lr: float  # LR multiplier after the KD stop
+    post_stop_blend_steps: int  # steps from 1 down to post_stop_lr
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides the outcome of one run."""
+
+    model: ModelConfig
+    data: DataRef
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    validation: ValidationConfig
+    kd: KDConfig | None
+    seed: int
+    device: str  # cpu or cuda
+    clock: str  # measured or modelled
+    modelled_tflops: float  # speed that the modelled clock charges; 0 under the measured clock
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def canonical(self) -> str:
+        """The JSON text that the id is a hash of: sorted keys, no NaN, floats in repr form."""
+        return canonical_json(self.to_dict())
+
+    @property
+    def run_id(self) -> str:
+        """Readable slug plus 12 hex digits. The slug is decoration: nothing parses it."""
+        model, schedule, kd = self.model, self.schedule, self.kd
+        kind = "ce" if kd is None else "infer" if kd.infer_only else "rand" if kd.random_teacher else "kd"
+        slug = f"{kind}-{model.num_layers}x{model.dim}-{schedule.horizon}"
+        if schedule.stop_step != schedule.horizon:
+            slug += f"p{schedule.stop_step}"
+        if kd is not None and not kd.infer_only:
+            slug += f"-t{kd.temperature:g}"
+        if schedule.lr_boost is not None:
+            slug += f"-b{schedule.lr_boost.mult:g}"
+        return f"{slug}-s{self.seed}-{short_hash(self.canonical())}"
+
+    @classmethod
+    def from_dict(cls, values: dict) -> RunConfig:
+        return build(cls, values)
+
+
+def canonical_json(value) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

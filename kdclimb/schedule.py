@@ -1,0 +1,53 @@
+"""What each step uses: batch size, learning rate, and the three LR phases of KD.
+
+Phase A: boosted while KD is active. Phase B: at the KD stop the boost is gone at once. Phase C: a
+low tail down to the end of the horizon. Steps count from 0 here.
+"""
+
+from __future__ import annotations
+
+from kdclimb.config import KDConfig, ScheduleConfig
+
+
+def stage(schedule: ScheduleConfig, step: int) -> int:
+    """Index of the equal stage of the horizon that `step` lies in."""
+    return min(step, schedule.horizon - 1) * len(schedule.batch_tokens) // schedule.horizon
+
+
+def batch_tokens(schedule: ScheduleConfig, step: int) -> int:
+    return schedule.batch_tokens[stage(schedule, step)]
+
+
+def base_lr(schedule: ScheduleConfig, step: int) -> float:
+    """Stage multiplier, falling linearly to lr_floor over the last cooldown_frac of the horizon."""
+    mult = schedule.batch_lr[stage(schedule, step)]
+    left = 1.0 - step / schedule.horizon
+    if left >= schedule.cooldown_frac:
+        return mult
+    weight = left / schedule.cooldown_frac
+    return mult * weight + schedule.lr_floor * (1.0 - weight)
+
+
+def boost(schedule: ScheduleConfig, step: int) -> float:
+    """The early LR boost by fractions of the horizon: held, then linearly down to 1."""
+    config = schedule.lr_boost
+    if config is None:
+        return 1.0
+    x = step / schedule.horizon
+    if x < config.hold_frac:
+        return config.mult
+    if x < config.drop_frac:
+        return config.mult + (1.0 - config.mult) * (x - config.hold_frac) / (config.drop_frac - config.hold_frac)
+    return 1.0
+
+
+def lr_mult(schedule: ScheduleConfig, kd: KDConfig | None, step: int, kd_stop_step: int | None) -> float:
+    """The LR multiplier of `step`. `kd_stop_step`: the step after which KD stopped, None while it is active.
+
+    Without KD the boost runs by its fractions alone: that is the "same boost, no KD" control.
+    """
+    mult = base_lr(schedule, step)
+    if kd is None or kd_stop_step is None:
+        return mult * boost(schedule, step)
+    blended = 1.0 if kd.post_stop_blend_steps == 0 else min(1.0, (step - kd_stop_step + 1) / kd.post_stop_blend_steps)
+    return mult * (1.0 + (kd.post_stop_lr - 1.0) * blended)

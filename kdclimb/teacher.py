@@ -1,0 +1,86 @@
+"""Checkpoints that describe themselves: weights as safetensors, the rest as JSON, never a pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from kdclimb.artifacts import write_json, write_via
+from kdclimb.config import ModelConfig, build
+from kdclimb.data import Batch
+from kdclimb.evaluate import validate
+from kdclimb.model import GPT
+
+RESCORE_TOLERANCE = 1e-3  # nats; covers bf16 kernels that sum in another order, not other weights
+
+
+def save_checkpoint(folder: Path, model: GPT, facts: dict) -> None:
+    """Write model.safetensors and model.json (architecture, `facts`, sha256 of the weights) into `folder`."""
+    tensors = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    write_via(folder / "model.safetensors", lambda path: save_file(tensors, path))
+    description = {"model": _plain(model.config), "weights_sha256": weights_sha256(folder), **facts}
+    write_json(folder / "model.json", description)
+
+
+def _plain(config: ModelConfig) -> dict:
+    return {**vars(config), "softcap": list(config.softcap)}
+
+
+def weights_sha256(folder: Path) -> str:
+    with (folder / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_description(folder: Path) -> dict:
+    """model.json of a checkpoint. Raises ValueError if it isn't there or the weights aren't the ones it names."""
+    if not (folder / "model.json").is_file():
+        raise ValueError(f"{folder}: no checkpoint there; the run that owes it did not end well (see its train.log)")
+    description = json.loads((folder / "model.json").read_text())
+    if weights_sha256(folder) != description["weights_sha256"]:
+        raise ValueError(f"{folder}/model.safetensors: not the weights that model.json describes; make them again")
+    return description
+
+
+def load_teacher(folder: Path, val_batches: list[Batch], expected: dict, **model_options) -> tuple[GPT, float]:
+    """(teacher, its val_loss), frozen. `expected` are facts that model.json must hold, such as the data hash.
+
+    The teacher is validated again: raises ValueError unless it scores what it scored when saved.
+    """
+    description = read_description(folder)
+    for name, value in expected.items():
+        if description[name] != value:
+            raise ValueError(f"{folder}/model.json: {name} is {description[name]!r}, but this run needs {value!r}")
+    model = build_frozen(description, **model_options)
+    tensors = load_file(folder / "model.safetensors", device=model_options["device"])
+    model.load_state_dict(tensors, strict=True)
+    val_loss, _ = validate(model, val_batches)
+    if abs(val_loss - description["final_val"]) > RESCORE_TOLERANCE:
+        raise ValueError(
+            f"{folder}: scores {val_loss:.6f}, but scored {description['final_val']:.6f} when it was saved"
+        )
+    return model, val_loss
+
+
+def build_frozen(description: dict, *, device: str, **model_options) -> GPT:
+    """The described architecture with fresh weights, its head tied or not as saved, without gradients."""
+    with torch.device(device):
+        model = GPT(build(ModelConfig, description["model"]), **model_options)
+    if description["untied"] and model.head is None:
+        model.untie()
+    return model.requires_grad_(False)
+
+
+def random_teacher(folder: Path, seed: int, val_batches: list[Batch], **model_options) -> tuple[GPT, float]:
+    """A control: the shape of the checkpoint in `folder` with fresh random weights, and its val_loss."""
+    torch.manual_seed(seed)
+    model = build_frozen(read_description(folder), **model_options)
+    if model.head is not None:  # an untied head starts as a copy of the embedding, or at zero: neither is random
+        torch.nn.init.normal_(model.head)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.down, std=0.02)
+    torch.nn.init.normal_(model.embed)
+    return model, validate(model, val_batches)[0]

@@ -1,0 +1,86 @@
+# What all rules share: the validated campaign, its runs, and helpers to ask for them. No rules here.
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from kdclimb import campaign as campaigns
+from kdclimb.config import ConfigError, canonical_json
+from kdclimb.provenance import source_hash
+
+ROOT = Path(workflow.basedir)
+try:
+    CAMPAIGN = campaigns.load(config, ROOT)
+except ConfigError as error:
+    raise WorkflowError(f"config: {error}")
+
+RESULTS = CAMPAIGN.results
+DATA = f"results/data/{campaigns.data_id(CAMPAIGN, ROOT)}"
+
+# Jobs run this Python and this package, whatever the caller's shell would find first.
+os.environ.update(
+    PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]),
+    PYTHONPATH=str(ROOT),
+)
+
+
+wildcard_constraints:
+    run=r"[A-Za-z0-9.-]+",
+
+
+def runs(*arms):
+    """The campaign's runs of these arms, as far as the decisions taken so far name them."""
+    decisions = campaigns.read_decisions(Path(RESULTS))
+    everything = campaigns.expand(CAMPAIGN, decisions, Path(DATA).name)
+    return [run for run in everything if run.arm in arms]
+
+
+def asked_run(wildcards):
+    """The run that a folder name stands for."""
+    decisions = campaigns.read_decisions(Path(RESULTS))
+    for run in campaigns.expand(CAMPAIGN, decisions, Path(DATA).name):
+        if run.run_id == wildcards.run:
+            return run.config
+    raise WorkflowError(f"results/runs/{wildcards.run}: no run of campaign {CAMPAIGN.campaign} has this name")
+
+
+def summaries(*arms, after=()):
+    """Input function: the results of all runs of these arms, known once the checkpoints in `after` have decided."""
+
+    def function(wildcards):
+        for name in after:
+            getattr(checkpoints, name).get()
+        return [f"results/runs/{run.run_id}/status.json" for run in runs(*arms)]
+
+    return function
+
+
+def run_flags(*arms):
+    """Params function: these runs as --run flags, each 'ARM|LABEL|FOLDER'."""
+
+    def function(wildcards):
+        flags = [f"{run.arm}|{run.label}|results/runs/{run.run_id}" for run in runs(*arms)]
+        return " ".join(f"--run {shlex.quote(flag)}" for flag in flags)
+
+    return function
+
+
+def code(rule):
+    """The hash of a rule's script and all it imports: Snakemake doesn't look inside packages."""
+    return source_hash(f"workflow/scripts/{rule}.py")
+
+
+def teacher_checkpoints(wildcards):
+    kd = asked_run(wildcards).kd
+    return [] if kd is None else f"results/runs/{kd.teacher}/checkpoints"
+
+
+def train_code(wildcards):
+    """The trainer's hash; under `code: frozen`, that of the finished run, so that nothing counts as changed."""
+    status = Path(f"results/runs/{wildcards.run}/status.json")
+    if CAMPAIGN.code == "frozen" and status.is_file():
+        return json.loads(status.read_text())["code_hash"]
+    return code("train")

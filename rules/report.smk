@@ -1,0 +1,51 @@
+# Tables -> the page and its figures. Computes nothing.
+rule report:
+    input:
+        curves=f"{RESULTS}/tables/curves.csv",
+        runs=f"{RESULTS}/tables/runs.csv",
+        compare=f"{RESULTS}/tables/compare.csv",
+        teachers=f"{RESULTS}/tables/teachers.csv",
+        timing=f"{RESULTS}/ce/timing.csv",
+        screen=f"{RESULTS}/kd/screen.csv",
+        isolates=f"{RESULTS}/kd/isolates.csv",
+        full=f"{RESULTS}/kd/full.csv",
+        controls=f"{RESULTS}/controls.csv",
+        ledger=f"{RESULTS}/tables/ledger.csv",
+        budget=f"{RESULTS}/budget.json",
+        selected=f"{RESULTS}/teacher/selected.json",
+        target=f"{RESULTS}/target.json",
+        verdict=f"{RESULTS}/verdict.json",
+    output:
+        page=f"{RESULTS}/report/index.html",
+        steps=report(
+            f"{RESULTS}/figures/val_loss_steps.svg",
+            caption="../workflow/report/curves.rst",
+            category="Comparison",
+        ),
+        time=report(
+            f"{RESULTS}/figures/val_loss_time.svg",
+            caption="../workflow/report/curves.rst",
+            category="Comparison",
+        ),
+        teachers=report(
+            f"{RESULTS}/figures/teachers.svg",
+            caption="../workflow/report/teachers.rst",
+            category="Teachers",
+        ),
+        alive=multiext(f"{RESULTS}/figures/kd_alive", ".svg", ".png"),
+        isolates=multiext(f"{RESULTS}/figures/isolates", ".svg", ".png"),
+        pngs=expand(f"{RESULTS}/figures/{{name}}.png", name=["val_loss_steps", "val_loss_time", "teachers"]),
+    log:
+        f"{RESULTS}/logs/report.log",
+    conda:
+        "../envs/kdclimb.yaml"
+    params:
+        campaign=CAMPAIGN.campaign,
+        code=code("report"),
+    shell:
+        "python workflow/scripts/report.py --curves {input.curves} --runs {input.runs} --compare {input.compare}"
+        " --teachers {input.teachers} --timing {input.timing} --screen {input.screen}"
+        " --isolates {input.isolates} --full {input.full} --controls {input.controls}"
+        " --ledger {input.ledger} --budget {input.budget} --selected {input.selected}"
+        " --target {input.target} --verdict {input.verdict} --campaign {params.campaign}"
+        " --figures $(dirname {output.steps}) --out {output.page} > {log} 2>&1"

@@ -1,0 +1,34 @@
+# Every training run, whatever stage asks for it: CE, probe, teacher, KD or control. One rule, since a
+# run is its config alone; the stages (ce_baseline, teacher_train, kd_screen, ...) ask for run ids.
+rule train:
+    input:
+        manifest=f"{DATA}/manifest.json",
+        teacher=teacher_checkpoints,
+    output:
+        config="results/runs/{run}/config.json",
+        steps="results/runs/{run}/steps.csv",
+        val="results/runs/{run}/val.csv",
+        summary="results/runs/{run}/summary.csv",
+        status="results/runs/{run}/status.json",
+        val_loss="results/runs/{run}/val_loss.png",
+        step_time="results/runs/{run}/step_time.png",
+        checkpoints=directory("results/runs/{run}/checkpoints"),
+    log:
+        "results/runs/{run}/train.log",
+    retries: 1
+    conda:
+        "../envs/kdclimb.yaml"
+    # A timed run holds the whole device: no other job may take its cores.
+    threads: workflow.resource_settings.cores or 1
+    resources:
+        attempt=lambda wildcards, attempt: attempt,
+        gpu=int(CAMPAIGN.device == "cuda"),
+        code_policy=CAMPAIGN.code,  # not a param, since changing a param reruns
+    params:
+        config=lambda wildcards: shlex.quote(asked_run(wildcards).canonical()),
+        teacher=lambda wildcards, input: (f"--teacher {input.teacher}" if input.teacher else ""),
+        code=train_code,
+    shell:
+        "python workflow/scripts/train.py --config {params.config} --out $(dirname {output.status})"
+        " --manifest {input.manifest} {params.teacher} --threads {threads}"
+        " --code {resources.code_policy} --attempt {resources.attempt} --attempts 2"

@@ -1,0 +1,166 @@
+"""Whole campaigns through every script, from made-up runs to the report."""
+
+import re
+from pathlib import Path
+
+import pytest
+from test_analysis_synthetic import SyntheticCampaign, read_rows
+
+FIGURES = ("isolates", "kd_alive", "teachers", "val_loss_steps", "val_loss_time")
+POINT = "T1-boost1.5-hold0.15-drop0.35"
+
+
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory):
+    campaign = SyntheticCampaign(tmp_path_factory.mktemp("campaign"))
+    campaign.run_all()
+    return campaign
+
+
+def page_of(campaign):
+    return campaign.path("report/index.html").read_text()
+
+
+def words_of(page):
+    """The text of the page without markup, in one line."""
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page.split("<body>")[1]))
+
+
+def test_decisions(campaign):
+    assert campaign.json("budget.json")["budget_ms"] == 300.0  # a tenth of 300 steps of 10 ms
+    projected = campaign.json("teacher/projected.json")
+    assert projected["rejected"] == {"L4-H4-D32-150": "projected time 750.0 ms is over the budget of 300.0 ms"}
+    selected = campaign.json("teacher/selected.json")  # 6 - 0.02 * 75, as cheap as the other one of its loss
+    assert (selected["candidate"], selected["final_val"], selected["train_time_ms"]) == ("L2-H2-D32-75", 4.5, 75.0)
+    assert campaign.json("kd/promoted.json")["points"] == [POINT]
+
+
+def test_verdict(campaign):
+    verdict = campaign.json("verdict.json")
+    # KD falls 0.016 a step and so passes 4.5 at 93.75, seen at 100; CE falls 0.01 and reaches it at 150.
+    assert (verdict["steps_saved_mean"], verdict["tokens_saved_mean"]) == (50.0, 50 * 2048.0)
+    assert (verdict["time_saved_ms_mean"], verdict["time_saved_with_teacher_ms_mean"]) == (300.0, 225.0)
+    assert verdict["claimable"] and verdict["kd_pays_time_with_teacher"]
+    assert verdict["control_boost_steps_saved_mean"] == 0.0  # passes 4.5 at 136.4, seen at 150
+    alive = verdict["kd_alive"]
+    assert (alive["first_val_kd"], alive["first_val_ce"], alive["first_val_random"]) == (5.6, 5.75, 5.9)
+
+
+def test_tables_cover_every_run_of_every_arm(campaign):
+    runs = read_rows(campaign.path("tables/runs.csv"))
+    assert [(row["arm"], row["label"], row["run_id"]) for row in runs] == [
+        (run.arm, run.label, run.run_id) for run in campaign.expanded()
+    ]
+    curves = read_rows(campaign.path("tables/curves.csv"))
+    assert {row["run_id"] for row in curves} == {row["run_id"] for row in runs}
+    kd = [row for row in curves if row["arm"] == "kd" and row["seed"] == "0" and row["step"] == "25"]
+    assert [(row["train_time_ms"], row["time_with_teacher_ms"]) for row in kd] == [("300.0", "375.0")]
+    assert len(read_rows(campaign.path("tables/ledger.csv"))) == len({run.run_id for run in campaign.expanded()})
+    compared = read_rows(campaign.path("tables/compare.csv"))
+    assert [row["arm"] for row in compared] == ["ce"] * 4 + ["kd"] * 2 + ["control_boost"] * 2 + ["screen"] * 4 + [
+        "control_random"
+    ]
+
+
+def test_teachers_table_says_what_became_of_each(campaign):
+    rows = {row["candidate"]: row for row in read_rows(campaign.path("tables/teachers.csv"))}
+    assert list(rows) == [c.name for c in campaign.campaign.teacher.candidates]
+    verdicts = [row["verdict"] for row in rows.values()]
+    assert verdicts == ["survivor", "survivor", "survivor", "selected", "survivor", "rejected"]
+    assert rows["L4-H4-D32-150"]["train_time_ms"] == "" and rows["L4-H4-D32-150"]["projected_ms"] == "750.0"
+    assert rows["L1-H2-D32-75"]["final_val"] == "4.875"
+
+
+def test_report_is_self_contained_and_its_links_lead_somewhere(campaign):
+    page = page_of(campaign)
+    assert not re.search(r'(?:src|href)="(?:https?:)?//|@import|<script|<img', page)
+    links = set(re.findall(r'<a href="([^"]+)"', page))
+    assert len(links) == 14
+    for link in links:
+        assert (campaign.path("report") / link).is_file(), link
+
+
+def test_report_has_unique_ids_and_no_dangling_reference(campaign):
+    page = page_of(campaign)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids)) > 0
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', page)) <= set(ids)
+
+
+def test_report_shows_what_the_files_say(campaign):
+    words = words_of(page_of(campaign))
+    for text in (
+        "CLAIMABLE",
+        "+50",
+        "+102,400",
+        "+300 ms",
+        "+225 ms",
+        "25% of its budget",
+        POINT,
+        "5.6000",
+        "projected time",
+    ):
+        assert text in words, text
+    assert 'class="badge no"' not in page_of(campaign)
+    assert "no data" not in words
+
+
+def test_figures_are_written_as_png_and_svg(campaign):
+    names = sorted(path.name for path in campaign.path("figures").iterdir())
+    assert names == [f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")]
+    assert campaign.path("figures/isolates.png").read_bytes().startswith(b"\x89PNG")
+    assert "11 ms  (1.00x CE)" in campaign.path("figures/isolates.svg").read_text()
+
+
+def test_same_input_gives_the_same_bytes(campaign):
+    outputs = [path for path in campaign.out.rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in outputs}
+    campaign.run_all()
+    changed = [str(path.relative_to(campaign.out)) for path in outputs if path.read_bytes() != before[path]]
+    assert changed == []
+    assert len(outputs) == len([path for path in campaign.out.rglob("*") if path.is_file()])
+
+
+def test_campaign_without_a_teacher_ends_in_words(tmp_path):
+    campaign = SyntheticCampaign(tmp_path)
+    campaign.edit = lambda run: {"step_ms": 50.0} if run.arm == "probe" else {}
+    campaign.run_all()
+    verdict = campaign.json("verdict.json")
+    assert verdict["sentence"] == (
+        "KD was not tried: none of the 6 teacher candidates meets the budget of 300 ms. The one projected to be "
+        "fastest, L1-H4-D32-50, was rejected: projected time 2,500.0 ms is over the budget of 300.0 ms."
+    )
+    assert not verdict["claimable"] and verdict["budget_share"] is None
+    words = words_of(page_of(campaign))
+    for text in ("NOT A CLAIM", "no data", "no teacher meets the budget", "nothing was screened", "no control was run"):
+        assert text in words, text
+
+
+def test_campaign_whose_kd_runs_all_fail_ends_in_words(tmp_path):
+    campaign = SyntheticCampaign(tmp_path)
+    oom = {"status": "oom", "reason": "9 GiB", "val": [], "step_ms": [], "shares": [], "kd_stop_step": ""}
+    campaign.edit = lambda run: oom if run.config.kd else {}
+    campaign.run_all()
+    verdict = campaign.json("verdict.json")
+    assert verdict["sentence"].startswith("KD was not compared with CE at the full horizon: every screened run failed")
+    words = words_of(page_of(campaign))
+    assert "oom: 9 GiB" in words and "CE + KD: oom: 9 GiB" in words
+
+
+def test_modelled_clock_is_never_a_claim(tmp_path):
+    campaign = SyntheticCampaign(tmp_path, clock="modelled")
+    campaign.edit = lambda run: {"broken": 1}
+    campaign.run_all()
+    verdict = campaign.json("verdict.json")
+    assert verdict["not_claimable_because"] == ["time is modelled from FLOPs, not measured"]
+    assert "of modelled training" in verdict["sentence"]
+    assert {row["broken"] for row in read_rows(campaign.path("tables/runs.csv"))} == {""}
+    assert "modelled training time (s)" in campaign.path("figures/val_loss_time.svg").read_text()
+
+
+def test_analysis_imports_neither_torch_nor_snakemake():
+    root = Path(__file__).resolve().parents[2]
+    files = [*(root / "kdclimb" / "analysis").glob("*.py")]
+    assert len(files) >= 8
+    for path in files:
+        assert not re.search(r"^\s*(?:import|from)\s+(?:torch|snakemake)", path.read_text(), re.MULTILINE), path

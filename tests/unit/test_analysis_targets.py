@@ -1,0 +1,141 @@
+"""When a target counts as reached, and how the screen ranks."""
+
+import pytest
+from test_analysis_synthetic import make_config, read_rows, run_folder
+
+from kdclimb.analysis import targets
+from kdclimb.artifacts import write_json
+
+TARGET = {"value": 5.0, "consecutive": 2, "source": "teacher_final_val", "reason": "of a test"}
+
+
+def cross(tmp_path, losses, target=TARGET, **values):
+    """The crossing of a run validated every 25 steps, step 0 first; a step takes 10 ms and 1000 tokens."""
+    val = [(25 * i, loss) for i, loss in enumerate(losses)]
+    run = run_folder(tmp_path, "ce", "CE", make_config(200), val=val, **values)
+    return targets.crossing(run, target)
+
+
+def test_first_of_two_in_a_row_counts(tmp_path):
+    found = cross(tmp_path, [7.0, 6.0, 4.5, 4.4, 4.3])
+    assert (found.step, found.tokens, found.time_ms, found.miss) == (50, 50000, 500.0, "")
+    assert found.interp == pytest.approx(25 + 25 * (6.0 - 5.0) / (6.0 - 4.5))
+
+
+def test_equal_to_the_target_counts(tmp_path):
+    found = cross(tmp_path, [7.0, 6.0, 5.0, 5.0])
+    assert (found.step, found.interp) == (50, 50.0)
+
+
+def test_single_dip_does_not_count(tmp_path):
+    assert cross(tmp_path, [7.0, 4.9, 5.1, 4.8, 4.7]).step == 75
+
+
+def test_dip_at_the_last_validation_is_not_confirmed(tmp_path):
+    found = cross(tmp_path, [7.0, 6.0, 4.9])
+    assert found.step is None
+    assert found.miss == "met at step 50, but never for 2 validations in a row: best val 4.9000 against target 5.0000"
+
+
+def test_step_0_never_counts(tmp_path):
+    assert cross(tmp_path, [4.0, 4.0, 4.0]).step == 25
+    assert cross(tmp_path / "b", [4.0, 4.0, 6.0]).step is None
+
+
+def test_crossing_right_after_step_0_interpolates_from_it(tmp_path):
+    assert cross(tmp_path, [6.0, 4.0, 4.0]).interp == 12.5
+
+
+def test_three_in_a_row_where_asked(tmp_path):
+    losses = [7.0, 4.9, 4.9, 5.1, 4.8, 4.7, 4.6]
+    assert cross(tmp_path, losses, TARGET | {"consecutive": 3}).step == 100
+
+
+@pytest.mark.parametrize(
+    ("losses", "values", "miss"),
+    [
+        ([7.0, 6.0, 5.5, 5.6], {}, "never reached: best val 5.5000 against target 5.0000"),
+        ([7.0, float("nan"), float("nan")], {}, "no validation after step 0"),
+        ([7.0], {}, "no validation after step 0"),
+        ([], {"status": "diverged", "reason": "NaN at 3", "step_ms": []}, "diverged: NaN at 3"),
+        ([], {"status": "oom", "step_ms": []}, "oom: no reason recorded"),
+    ],
+)
+def test_miss_says_why(tmp_path, losses, values, miss):
+    found = cross(tmp_path, losses, **values)
+    assert (found.step, found.interp, found.tokens, found.time_ms, found.miss) == (None, None, None, None, miss)
+
+
+def test_failed_run_does_not_reach_a_target_it_passed(tmp_path):
+    found = cross(tmp_path, [7.0, 4.0, 4.0], status="diverged", reason="later", step_ms=[10.0] * 60)
+    assert found.step is None
+
+
+def test_no_target(tmp_path):
+    found = cross(tmp_path, [7.0, 4.0, 4.0], TARGET | {"value": None, "reason": "no teacher was selected"})
+    assert (found.step, found.miss) == (None, "no target: no teacher was selected")
+
+
+def test_stability_sums_the_upward_moves(tmp_path):
+    val = [(0, 6.0), (25, 5.0), (50, 5.25), (75, 5.0), (100, 5.5)]
+    run = run_folder(tmp_path, "screen", "T1", make_config(100, kd={}), val=val)
+    assert targets.stability(run) == 0.75
+    assert targets.first_val(run) == 5.0
+
+
+def screened(tmp_path, **points):
+    """screen.csv of points {label: write_run values}, told apart by their temperature."""
+    runs = []
+    for i, (label, values) in enumerate(points.items()):
+        boost = (1.5, 0.15, 0.35) if label.endswith("b") else None
+        config = make_config(100, kd={"temperature": 1.0 + i}, boost=boost)
+        runs.append(run_folder(tmp_path / "runs", "screen", label, config, **values))
+    write_json(tmp_path / "target.json", TARGET)
+    targets.kd_screen(runs, tmp_path / "target.json", tmp_path / "screen.csv")
+    return read_rows(tmp_path / "screen.csv")
+
+
+def curve(*losses):
+    return {"val": [(25 * i, loss) for i, loss in enumerate((7.0, *losses))]}
+
+
+def test_screen_ranks_by_steps_then_stability_then_loss_then_label(tmp_path):
+    rows = screened(
+        tmp_path,
+        failed={"status": "diverged", "reason": "NaN", "step_ms": [10.0] * 30, "val": [(0, 7.0), (25, 3.0)]},
+        never=curve(5.5, 5.4, 5.3, 5.2),
+        never_bumpy=curve(5.1, 5.2, 5.1, 5.05),
+        late=curve(6.0, 5.5, 4.0, 3.0),
+        soon_bumpy=curve(6.0, 4.5, 4.6, 3.0),
+        soon_worse=curve(6.0, 4.5, 4.4, 4.3),
+        soon=curve(6.0, 4.5, 4.4, 4.2),
+        a_soon=curve(6.0, 4.5, 4.4, 4.2),
+    )
+    order = ["a_soon", "soon", "soon_worse", "soon_bumpy", "late", "never", "never_bumpy", "failed"]
+    assert [row["label"] for row in rows] == order
+    assert [row["rank"] for row in rows] == [str(i) for i in range(1, 9)]
+    assert [row["steps_to_target"] for row in rows] == ["50"] * 4 + ["75", "", "", ""]
+    assert rows[-1]["miss_reason"] == "diverged: NaN"
+
+
+def test_screen_columns(tmp_path):
+    values = curve(6.0, 4.5, 4.4, 4.3) | {"shares": [0.5, 0.3, 0.1, 0.0, 0.0], "kd_stop_step": 50}
+    boosted, plain = screened(tmp_path, b=values, a=curve(6.0, 5.5, 5.0, 4.9))
+    assert (boosted["lr_boost_mult"], boosted["lr_boost_hold_frac"], boosted["lr_boost_drop_frac"]) == (
+        "1.5",
+        "0.15",
+        "0.35",
+    )
+    assert (plain["lr_boost_mult"], plain["lr_boost_hold_frac"], plain["temperature"]) == ("1.0", "", "2.0")
+    assert float(boosted["kd_share_mean"]) == pytest.approx(0.3)
+    assert (boosted["kd_stop_step"], plain["kd_share_mean"], boosted["first_val"]) == ("50", "", "6.0")
+
+
+def test_collected_rows_carry_crossing_and_summary(tmp_path):
+    run = run_folder(tmp_path / "runs", "kd", "T1", make_config(100, 3, kd={}), **curve(6.0, 4.5, 4.4, 4.3))
+    write_json(tmp_path / "target.json", TARGET)
+    targets.collect([run], tmp_path / "target.json", tmp_path / "full.csv")
+    (row,) = read_rows(tmp_path / "full.csv")
+    expected = {"arm": "kd", "kind": "kd", "label": "T1", "seed": "3", "horizon": "100", "steps_to_target": "50"}
+    expected |= {"tokens_to_target": "50000", "time_to_target_ms": "500.0", "final_val": "4.3", "status": "ok"}
+    assert {key: row[key] for key in expected} == expected

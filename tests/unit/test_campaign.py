@@ -1,0 +1,86 @@
+"""The expansion of a config into runs: pure, complete, and sharing what is the same."""
+
+import dataclasses
+
+import pytest
+from configs import ROOT, merged
+
+from kdclimb import campaign
+
+
+def expand_all(config):
+    names = [c.name for c in config.teacher.candidates]
+    decisions = {"projected": {"survivors": names}}
+    teacher = next(r for r in campaign.expand(config, decisions) if r.arm == "teacher").run_id
+    points = [p.name for p in campaign.grid_points(config.kd.grid)]
+    decisions |= {"selected": {"run_id": teacher}, "promoted": {"points": points[-1:]}}
+    return campaign.expand(config, decisions)
+
+
+def arms(runs):
+    counts = {}
+    for run in runs:
+        counts[run.arm] = counts.get(run.arm, 0) + 1
+    return counts
+
+
+def test_default_campaign_has_the_runs_it_should_and_at_most_30():
+    config = campaign.load(merged({"device": "cpu"}), ROOT)
+    assert arms(campaign.expand(config, {})) == {"ce": 4, "probe": 6}
+    runs = expand_all(config)
+    assert len({run.run_id for run in runs}) <= 30
+    assert set(arms(runs)) == {"ce", "probe", "teacher", "isolate", "screen", "kd", "control_boost", "control_random"}
+
+
+def test_student_is_the_same_in_ce_and_kd_arms(tiny_runs):
+    student = [r.config for r in tiny_runs if r.arm not in ("probe", "teacher")]
+    for field in ("model", "data", "optim", "validation", "device", "clock"):
+        assert len({getattr(config, field) for config in student}) == 1, field
+    schedules = {dataclasses.replace(c.schedule, lr_boost=None, horizon=0, stop_step=0) for c in student}
+    assert len(schedules) == 1
+
+
+def test_grid_points_without_a_boost_are_one_whatever_hold_and_drop():
+    grid = campaign.GridSection((1.0,), (1.0, 2.0), (0.1, 0.2), (0.3, 0.4))
+    names = [p.name for p in campaign.grid_points(grid)]
+    assert names == ["T1"] + [f"T1-boost2-hold{h:g}-drop{d:g}" for h in (0.1, 0.2) for d in (0.3, 0.4)]
+
+
+def test_decisions_of_another_config_expand_to_nothing(tiny):
+    stale = {"projected": {"survivors": ["L9-H9-D9-9"]}, "selected": {"run_id": "gone"}, "promoted": {"points": ["T9"]}}
+    assert set(arms(campaign.expand(tiny, stale))) == {"ce", "probe"}
+
+
+def test_one_temperature_changes_only_its_point(tiny):
+    changed = campaign.load(merged("tests/tiny.yaml", {"kd": {"grid": {"temperature": [1.0, 3.0]}}}), ROOT)
+    before, after = ({r.run_id for r in expand_all(c) if r.arm == "screen"} for c in (tiny, changed))
+    assert len(before & after) == 1 and len(after - before) == 1
+    rest = [{r.run_id for r in campaign.expand(c, {}) if r.arm != "screen"} for c in (tiny, changed)]
+    assert rest[0] == rest[1]
+
+
+def test_data_id_follows_the_text_but_not_the_unused_source(tiny, tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("one\n\f\ntwo")
+
+    def data_id(**data):
+        overlay = {"data": {"text": {"files": ["a.txt"]}, **data}}
+        return campaign.data_id(campaign.load(merged("tests/tiny.yaml", overlay), tmp_path), tmp_path)
+
+    first = data_id()
+    assert data_id(shards={"train": "elsewhere/*.bin"}) == first
+    assert data_id(vocab_size=400) != first
+    text.write_text("one\n\f\nthree")
+    assert data_id() != first
+
+
+def test_control_boost_has_the_lr_of_its_kd_runs_but_no_kd(tiny_runs):
+    kd = [r.config for r in tiny_runs if r.arm == "kd"]
+    controls = [r.config for r in tiny_runs if r.arm == "control_boost"]
+    assert [dataclasses.replace(c, kd=None) for c in kd] == controls
+    assert all(c.schedule.lr_boost is not None for c in controls)
+
+
+@pytest.mark.parametrize("decided", [{}, {"projected": {"survivors": []}}, {"selected": {"run_id": None}}])
+def test_without_a_teacher_there_is_no_kd(tiny, decided):
+    assert set(arms(campaign.expand(tiny, decided))) == {"ce", "probe"}

@@ -1,0 +1,164 @@
+"""Configs: what is refused and how, what is shipped, and that schema, file and dataclasses say the same."""
+
+import dataclasses
+import typing
+
+import pytest
+import yaml
+from configs import ROOT, merged
+
+from kdclimb import campaign
+from kdclimb.config import ConfigError, RunConfig, build
+
+SHIPPED = ["config/h100.yaml", "config/seed155.yaml", "tests/tiny.yaml"]
+
+
+def with_value(key: str, value) -> dict:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("kd.alpa", 1, ["kd.alpa: unknown key", "alpha"]),
+        ("colour", 1, ["colour: unknown key", "campaign"]),
+        ("data.text.seeds", 1, ["data.text.seeds: unknown key"]),
+        ("kd.alpha", "x", ["kd.alpha: 'x'", "number"]),
+        ("kd.alpha", 0, ["kd.alpha: 0"]),
+        ("train.seeds", [0, True], ["train.seeds[1]: True", "integer"]),
+        ("train.horizons", [], ["train.horizons"]),
+        ("train.horizons", [300, 75], ["train.horizons", "ascending"]),
+        ("train.horizons", [25, 75], ["train.horizons", "50"]),
+        ("student.num_heads", 3, ["student.num_heads: 3", "2"]),
+        ("student.head_dim", 30, ["student.head_dim: 30", "4"]),
+        (
+            "teacher.candidates",
+            [{"num_layers": 1, "num_heads": 3, "head_dim": 8, "steps": 60}],
+            ["teacher.candidates[0]", "3"],
+        ),
+        ("teacher.candidates", [{"num_layers": 1, "num_heads": 2, "head_dim": 8}], ["teacher.candidates[0]", "steps"]),
+        ("teacher.probe_steps", 100, ["teacher.candidates[0].steps", "teacher.probe_steps"]),
+        ("validation.every", 50, ["validation.every: 50", "25", "exploratory"]),
+        ("budget.fraction", 0.2, ["budget.fraction: 0.2", "0.1", "teacher.exploratory"]),
+        ("kd.dynamic_norm", False, ["kd.dynamic_norm: False", "kd.exploratory"]),
+        ("kd.grid.drop_frac", [0.1], ["kd.grid.drop_frac", "hold_frac"]),
+        ("kd.isolate_steps", 1000, ["kd.isolate_steps: 1000", "100"]),
+        ("train.batch_tokens", [100], ["train.batch_tokens: 100", "micro_batch_tokens"]),
+        ("train.batch_lr", [1.0, 2.0], ["train.batch_lr", "batch_tokens"]),
+        ("train.max_doc_tokens", 4096, ["train.max_doc_tokens: 4096", "2048"]),
+        ("campaign", "../x", ["campaign: '../x'"]),
+        ("campaign", "runs", ["campaign: 'runs'"]),
+        ("data.text.files", ["nope.txt"], ["data.text.files[0]: 'nope.txt'"]),
+        ("data.vocab_size", 100000, ["data.vocab_size: 100000", "65536"]),
+        ("student.softcap", [23, 5], ["student.softcap"]),
+        ("budget.clock", "sundial", ["budget.clock: 'sundial'", "measured"]),
+    ],
+)
+def test_bad_config_names_key_value_and_what_is_allowed(key, value, said):
+    with pytest.raises(ConfigError) as error:
+        campaign.load(merged(with_value(key, value)), ROOT)
+    for text in said:
+        assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "arms"),
+    [
+        ("budget.fraction", 0.2, ["teacher"]),
+        ("kd.dynamic_norm", False, ["kd"]),
+        ("validation.every", 30, ["kd", "teacher"]),
+    ],
+)
+def test_exploratory_lifts_a_lock_and_the_campaign_says_so(key, value, arms):
+    lifted = merged(with_value(key, value), *({arm: {"exploratory": True}} for arm in arms))
+    assert campaign.load(lifted, ROOT).exploratory
+    assert not campaign.load(merged(), ROOT).exploratory
+
+
+def test_missing_key_is_named():
+    config = merged()
+    del config["kd"]["alpha"]
+    with pytest.raises(ConfigError, match=r"kd\.alpha: this key is missing"):
+        campaign.load(config, ROOT)
+
+
+def test_run_config_survives_json_and_its_id_depends_on_every_field(tiny_runs):
+    config = tiny_runs[-1].config
+    assert RunConfig.from_dict(yaml.safe_load(config.canonical())) == config
+    seen = {config.run_id}
+    for path, changed in _each_field_changed(config):
+        assert changed.run_id not in seen, path
+        seen.add(changed.run_id)
+
+
+def _each_field_changed(value, path=""):
+    for field in dataclasses.fields(value):
+        old, name = getattr(value, field.name), f"{path}.{field.name}"
+        if dataclasses.is_dataclass(old):
+            for inner, new in _each_field_changed(old, name):
+                yield inner, dataclasses.replace(value, **{field.name: new})
+        else:
+            new = (
+                (*old[:-1], old[-1] * 2)
+                if isinstance(old, tuple)
+                else not old
+                if isinstance(old, bool)
+                else old * 2 + type(old)()
+            )
+            new = old + 2 if isinstance(old, int) and not isinstance(old, bool) and new == old else new
+            if isinstance(old, float):
+                new = old / 2 if old else 0.5
+            yield name, dataclasses.replace(value, **{field.name: new})
+
+
+def test_unknown_key_in_a_run_config_is_refused(tiny_runs):
+    values = tiny_runs[0].config.to_dict() | {"extra": 1}
+    with pytest.raises(ConfigError, match="extra: unknown key"):
+        build(RunConfig, values)
+
+
+def test_schema_defaults_are_config_yaml_and_properties_are_the_dataclasses():
+    schema = yaml.safe_load((ROOT / "config/schema.yaml").read_text())
+    _same(schema, campaign.Campaign, merged(), "")
+
+
+def _same(schema, cls, values, where):
+    hints = typing.get_type_hints(cls)
+    assert list(schema["properties"]) == list(hints), f"{where or 'top level'}: schema and {cls.__name__} differ"
+    assert schema["additionalProperties"] is False, where
+    for name, part in schema["properties"].items():
+        assert part.get("description"), f"{where}.{name} has no description"
+        if part.get("type") == "object":
+            _same(part, hints[name], values[name], f"{where}.{name}")
+        else:
+            assert "default" in part, f"{where}.{name} has no default"
+            assert part["default"] == values[name], f"{where}.{name}"
+            if typing.get_origin(hints[name]) is tuple and dataclasses.is_dataclass(typing.get_args(hints[name])[0]):
+                item = typing.get_args(hints[name])[0]
+                assert list(part["items"]["properties"]) == list(typing.get_type_hints(item)), f"{where}.{name}"
+
+
+@pytest.mark.parametrize("overlay", SHIPPED)
+def test_shipped_overlays_load(overlay):
+    campaign.load(merged(overlay), ROOT)
+
+
+def test_h100_and_seed155_carry_the_seeds_values():
+    h100, seed155 = (campaign.load(merged(f"config/{name}.yaml"), ROOT) for name in ("h100", "seed155"))
+    assert h100.train.horizons[-1] == 1555 and seed155.train.horizons == (155, 1000)
+    for config in (h100, seed155):
+        student = config.student
+        assert (student.num_layers, student.num_heads, student.head_dim) == (11, 6, 128)
+        assert (config.device, config.data.source, config.data.vocab_size) == ("cuda", "shards", 50304)
+        assert "fineweb" in config.data.shards.train
+        assert (config.kd.stop_margin, config.kd.stop_min_step) == (0.05, 25)
+        grid = config.kd.grid
+        assert min(grid.temperature) == 1.0 and max(grid.temperature) == 2.0
+        assert grid.lr_boost == (2.0, 3.0, 4.0, 5.0)
+        assert (grid.hold_frac, grid.drop_frac) == ((0.15, 0.20, 0.25), (0.30, 0.35, 0.40))
+        assert {"L3-H6-D128-250", "L12-H6-D8-155"} <= {c.name for c in config.teacher.candidates}
+        assert config.teacher.bigram_vocab_size == 2
+        assert (config.budget.fraction, config.validation.every) == (0.10, 25)
+        assert 1.0 - config.kd.alpha == pytest.approx(0.45)  # the seed's alpha weighs the hard loss

@@ -1,0 +1,152 @@
+"""The data rule and the packed batches."""
+
+import json
+import lzma
+
+import numpy as np
+import pytest
+from configs import ROOT
+
+from kdclimb import campaign
+from kdclimb.data import Dataset, Packer, prepare, read_documents, read_shard, write_shard
+
+
+def test_manifest_describes_the_shards_and_documents_start_with_bos(tiny, manifest):
+    described = json.loads(manifest.read_text())
+    assert described["vocab_size"] == tiny.data.vocab_size
+    for part in ("train", "val"):
+        (shard,) = described[part]
+        tokens = read_shard(manifest.parent / shard["file"])
+        assert len(tokens) == shard["tokens"] and tokens[0] == described["bos_id"]
+        assert np.count_nonzero(tokens == described["bos_id"]) == shard["documents"]
+        assert tokens.max() < tiny.data.vocab_size
+    held_out = described["val"][0]["documents"] / sum(described[p][0]["documents"] for p in ("train", "val"))
+    assert held_out == pytest.approx(tiny.data.text.val_fraction, abs=0.005)
+
+
+def test_shard_header_is_the_speedruns(tmp_path):
+    write_shard(tmp_path / "x.bin", np.arange(5, dtype=np.uint16))
+    raw = (tmp_path / "x.bin").read_bytes()
+    assert np.frombuffer(raw[:1024], dtype="<i4")[:4].tolist() == [20240520, 1, 5, 0]
+    assert np.frombuffer(raw[1024:], dtype="<u2").tolist() == [0, 1, 2, 3, 4]
+
+
+def test_tokens_decode_to_the_documents_they_came_from(tiny, manifest):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(manifest.parent / "tokenizer.json"))
+    documents = {d for name in tiny.data.text.files for d in read_documents(ROOT / name)}
+    tokens = read_shard(manifest.parent / "val_000000.bin")
+    starts = np.flatnonzero(tokens == 0)
+    first = tokenizer.decode(tokens[starts[0] + 1 : starts[1]].tolist())
+    assert first in documents
+
+
+def test_preparing_twice_gives_the_same_bytes(tiny, manifest, tmp_path):
+    prepare(campaign.data_spec(tiny, ROOT), tmp_path, ROOT)
+    for name in ("manifest.json", "tokenizer.json", "train_000000.bin", "val_000000.bin"):
+        assert (tmp_path / name).read_bytes() == (manifest.parent / name).read_bytes(), name
+
+
+def documents_of(batch):
+    """The packed documents as lists of tokens, the label of the last token included."""
+    bounds = batch.documents.cu_seqlens.tolist()
+    stream = [*batch.inputs.tolist(), batch.labels[-1].item()]
+    return [stream[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def test_packer_fills_batches_with_cut_documents_from_their_start():
+    shard = np.array([0, 1, 2, 3, 4, 5, 0, 6, 7, 0, 8, 9, 10], dtype=np.uint16)
+    packer = Packer([shard], bos=0, max_doc_tokens=4, seed=None)
+    batch = packer.next_batch(9, "cpu")
+    assert documents_of(batch) == [[0, 1, 2, 3], [0, 6, 7], [0, 8]]
+    assert batch.labels.tolist() == [1, 2, 3, 0, 6, 7, 0, 8, 9]  # the last document gave its cut third token as a label
+    assert packer.epoch == 0
+    packer.next_batch(3, "cpu")
+    assert packer.epoch == 1
+
+
+def test_seeds_order_documents_differently_and_skipping_is_reading():
+    rng = np.random.default_rng(0)
+    shards = [np.concatenate([[0, *rng.integers(1, 99, rng.integers(1, 30))] for _ in range(50)]) for _ in range(2)]
+
+    def packer(seed):
+        return Packer([s.astype(np.uint16) for s in shards], bos=0, max_doc_tokens=16, seed=seed)
+
+    a, b, other = packer(1), packer(1), packer(2)
+    for _ in range(30):  # past the end of both shards
+        a.next_batch(64, "cpu")
+        b.skip_batch(64)
+    assert a.epoch >= 1
+    assert a.next_batch(64, "cpu").inputs.tolist() == b.next_batch(64, "cpu").inputs.tolist()
+    assert packer(1).next_batch(64, "cpu").inputs.tolist() != other.next_batch(64, "cpu").inputs.tolist()
+
+
+def test_validation_set_is_fixed_and_too_large_a_one_is_refused(manifest):
+    dataset = Dataset(manifest)
+    first, second = (dataset.val_batches(500, 128, 64, "cpu") for _ in range(2))
+    assert [len(b.inputs) for b in first] == [128, 128, 128, 116]
+    assert all(a.inputs.equal(b.inputs) for a, b in zip(first, second, strict=True))
+    with pytest.raises(ValueError, match="validation.tokens: 10000000"):
+        dataset.val_batches(10_000_000, 100_000, 64, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"  \n\f\n ", "no documents"),
+        (b"", "no documents"),
+    ],
+)
+def test_bad_text_is_refused_by_name(tmp_path, content, said):
+    (tmp_path / "bad.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=said) as error:
+        read_documents(tmp_path / "bad.txt")
+    assert "bad.txt" in str(error.value)
+
+
+def test_cut_xz_is_refused_by_name(tmp_path):
+    (tmp_path / "bad.txt.xz").write_bytes(lzma.compress(b"hello " * 1000)[:-20])
+    with pytest.raises(ValueError, match=r"bad\.txt\.xz: not a whole"):
+        read_documents(tmp_path / "bad.txt.xz")
+
+
+def shard_bytes(magic=20240520, version=1, count=3, tokens=(0, 1, 2)):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, count
+    return header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (shard_bytes(magic=1), "not a token shard"),
+        (shard_bytes(version=2), "not a token shard"),
+        (shard_bytes(count=4), "cut or damaged"),
+        (shard_bytes()[:-1], "cut or damaged"),
+        (b"short", "not a token shard"),
+        (shard_bytes(tokens=(0, 1, 400)), "token id 400"),
+        (shard_bytes(tokens=(1, 1, 1)), "no document starts"),
+    ],
+)
+def test_bad_shards_are_refused_by_name(tmp_path, raw, said):
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.bin").write_bytes(raw)
+    spec = {"source": "shards", "vocab_size": 384, "train": "train.bin", "val": "val.bin", "bos_id": 0}
+    with pytest.raises(ValueError, match=said) as error:
+        prepare(spec, tmp_path / "out", tmp_path)
+    assert "train.bin" in str(error.value)
+
+
+def test_missing_shards_say_what_to_do(tmp_path):
+    spec = {"source": "shards", "vocab_size": 384, "train": "fineweb/*.bin", "val": "v.bin", "bos_id": 0}
+    with pytest.raises(ValueError, match=r"data\.shards\.train: no file matches 'fineweb/\*\.bin'"):
+        prepare(spec, tmp_path / "out", tmp_path)
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_too_large_a_vocabulary_is_refused(tiny, tmp_path):
+    spec = campaign.data_spec(tiny, ROOT) | {"vocab_size": 60000}
+    with pytest.raises(ValueError, match="data.vocab_size: 60000 is more than this text gives"):
+        prepare(spec, tmp_path, ROOT)

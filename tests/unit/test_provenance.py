@@ -1,0 +1,89 @@
+"""The code hash follows what a script runs, and nothing else; `kdclimb retry` forgets results."""
+
+import json
+
+import pytest
+
+from kdclimb import provenance
+from kdclimb.__main__ import main
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A small project: script -> kdclimb.a -> (inside a function) kdclimb.sub.b; kdclimb.c is not imported."""
+    files = {
+        "workflow/scripts/s.py": "from kdclimb import a\na.f()\n",
+        "kdclimb/__init__.py": "",
+        "kdclimb/a.py": '"""doc"""\ndef f():\n    from kdclimb.sub.b import g\n    return g()\n',
+        "kdclimb/sub/__init__.py": "",
+        "kdclimb/sub/b.py": "def g():\n    return 1  # one\n",
+        "kdclimb/c.py": "x = 1\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+
+    def hash_after(name=None, text=None):
+        if name:
+            (tmp_path / name).write_text(text)
+        provenance._read.cache_clear()
+        return provenance.source_hash("workflow/scripts/s.py")
+
+    yield hash_after
+    provenance._read.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "kdclimb/a.py",
+            '"""other words"""\ndef f():\n    "why"\n    # reason\n    from kdclimb.sub.b import g\n\n    return g()\n',
+        ),
+        ("kdclimb/c.py", "x = 2\n"),
+    ],
+)
+def test_comments_docstrings_layout_and_strangers_do_not_count(tree, name, text):
+    assert tree() == tree(name, text)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("workflow/scripts/s.py", "from kdclimb import a\na.f(), 1\n"),
+        ("kdclimb/__init__.py", "y = 1\n"),
+        ("kdclimb/sub/__init__.py", "y = 1\n"),
+        ("kdclimb/sub/b.py", "def g():\n    return 2\n"),
+    ],
+)
+def test_code_counts_however_deep(tree, name, text):
+    assert tree() != tree(name, text)
+
+
+def test_the_trainers_closure_is_what_it_runs_and_analysis_is_not_in_it():
+    entry = provenance.ROOT / "workflow/scripts/train.py"
+    closure, todo = set(), [entry]
+    while todo:
+        path = todo.pop()
+        if path not in closure:
+            closure.add(path)
+            todo += provenance._read(path)[1]
+    names = {str(p.relative_to(provenance.ROOT)) for p in closure}
+    assert {"kdclimb/kernels/chunked.py", "kdclimb/train.py", "kdclimb/optim.py", "kdclimb/data.py"} <= names
+    assert not any("analysis" in name or "campaign" in name for name in names)
+
+
+def test_retry_forgets_by_status_or_id_and_says_when_there_is_none(tmp_path, capsys):
+    for name, status in (("a", "oom"), ("b", "ok"), ("c", "oom")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "status.json").write_text(json.dumps({"status": status}))
+    (tmp_path / "c1").mkdir()
+    for name, text in (("with.csv", "run_id\na\n"), ("without.csv", "run_id\nb\n")):
+        (tmp_path / "c1" / name).write_text(text)
+    arguments = ["retry", "--results", str(tmp_path)]
+    assert main([*arguments, "--status", "oom"]) == 0
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["b"]
+    assert [p.name for p in (tmp_path / "c1").iterdir()] == ["without.csv"]  # Snakemake must miss the tables too
+    assert main([*arguments, "--status", "oom"]) == 1 and "no run with status oom" in capsys.readouterr().err
+    assert main([*arguments, "--run", "b"]) == 0 and not list((tmp_path / "runs").iterdir())

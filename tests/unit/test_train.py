@@ -1,0 +1,283 @@
+"""The trainer: repeatable, resumable to the bit, and every ending a result that says why."""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from configs import ROOT
+from safetensors.torch import load_file
+
+from kdclimb import train as trainer_module
+from kdclimb.artifacts import ARTIFACTS, STEP_COLUMNS, SUMMARY_COLUMNS, VAL_COLUMNS, RunFolder
+from kdclimb.config import ConfigError
+from kdclimb.train import EXIT_INTERRUPTED, Trainer
+
+
+def pick(runs, arm, seed=0):
+    return next(r.config for r in runs if r.arm == arm and r.config.seed == seed)
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_result(a, b, ignore=()):
+    """steps.csv, val.csv, summary.csv and weights equal to the byte."""
+    for name in ("steps.csv", "val.csv"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    kept = [{k: v for k, v in rows(x / "summary.csv")[0].items() if k not in ignore} for x in (a, b)]
+    assert kept[0] == kept[1]
+    weights = "checkpoints/model.safetensors"
+    assert (a / weights).read_bytes() == (b / weights).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def kd_run(tiny_runs, train, teacher_folder, tmp_path_factory):
+    code, out = train(pick(tiny_runs, "kd"), tmp_path_factory.mktemp("kd"), teacher_folder)
+    assert code == 0
+    return out
+
+
+def test_a_run_leaves_its_artifacts(kd_run):
+    for name in (*ARTIFACTS, "train.log", "status.json"):
+        assert (kd_run / name).exists(), name
+    steps, vals, summary = (rows(kd_run / f"{name}.csv") for name in ("steps", "val", "summary"))
+    assert list(steps[0]) == STEP_COLUMNS and list(vals[0]) == VAL_COLUMNS and list(summary[0]) == SUMMARY_COLUMNS
+    assert [int(r["step"]) for r in steps] == list(range(1, 76))
+    assert [int(r["step"]) for r in vals] == [0, 25, 50, 75]
+    assert int(steps[-1]["tokens"]) == 38 * 256 + 37 * 512  # two equal stages of 75 steps
+    assert json.loads((kd_run / "status.json").read_text())["status"] == "ok"
+    assert float(summary[0]["final_val"]) == float(vals[-1]["val_loss"]) < float(vals[0]["val_loss"])
+    assert float(vals[0]["val_loss"]) == pytest.approx(math.log(384), abs=0.05)  # an untrained student guesses
+
+
+def test_first_log_line_reproduces_the_run(kd_run, manifest, teacher_folder, tmp_path):
+    command = (kd_run / "train.log").read_text().splitlines()[0]
+    assert str(kd_run / "config.json") in command
+    out = tmp_path / kd_run.name
+    command = command.replace(f"--out {kd_run}", f"--out {out}")
+    subprocess.run(
+        command,
+        shell=True,
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"},
+    )
+    assert_same_result(kd_run, out)
+
+
+def test_kd_is_alive_and_its_columns_are_filled_while_it_is(kd_run):
+    steps, vals = rows(kd_run / "steps.csv"), rows(kd_run / "val.csv")
+    active = [r for r in steps if r["kd_active"] == "1"]
+    assert active and all(0.05 < float(r["kd_share"]) < 0.95 for r in active)
+    assert all(float(r["loss_soft"]) > 0 and float(r["kd_norm"]) > 0 for r in active)
+    assert all(r["loss_soft"] == r["kd_norm"] == r["kd_share"] == "" for r in steps if r["kd_active"] == "0")
+    assert all(float(r["teacher_kl"]) >= 0 for r in vals)
+    stop = rows(kd_run / "summary.csv")[0]["kd_stop_step"]
+    assert len(active) == (int(stop) if stop else 75)
+
+
+def test_ce_leaves_kd_cells_empty_and_costs_no_teacher_time(tiny_runs, train, kd_run, tmp_path):
+    _, out = train(pick(tiny_runs, "control_boost"), tmp_path)
+    steps, vals, summary = (rows(out / f"{name}.csv") for name in ("steps", "val", "summary"))
+    assert {r[c] for r in steps for c in ("loss_soft", "kd_norm", "kd_share", "kd_active")} == {""}
+    assert {r[c] for r in vals for c in ("teacher_kl", "kd_active")} == {""}
+    assert summary[0]["teacher_flops_per_token"] == ""
+    # the modelled clock charges the teacher's forward pass for each KD step, and nothing else
+    kd_summary, kd_steps = rows(kd_run / "summary.csv")[0], rows(kd_run / "steps.csv")
+    kd_tokens = sum(int(r["batch_tokens"]) for r in kd_steps if r["kd_active"] == "1")
+    extra = kd_tokens * float(kd_summary["teacher_flops_per_token"]) / (0.001 * 1e9)
+    assert float(kd_summary["train_time_ms"]) - float(summary[0]["train_time_ms"]) == pytest.approx(extra, rel=1e-9)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("arm", ["kd", "ce"])
+@pytest.mark.parametrize("kill_at", [10, 25, 40, 60])
+def test_a_killed_run_resumes_to_the_same_bytes(
+    arm, kill_at, tiny_runs, train, teacher_folder, kd_run, tmp_path, monkeypatch
+):
+    config = (
+        pick(tiny_runs, arm) if arm == "kd" else pick([r for r in tiny_runs if r.config.schedule.horizon == 75], arm)
+    )
+    teacher = teacher_folder if arm == "kd" else None
+    whole = kd_run if arm == "kd" else train(config, tmp_path / "whole")[1]
+    step = Trainer.train_step
+
+    def killing(self, **options):
+        if self.step == kill_at:
+            raise Killed  # nothing is caught or written on the way out, as with SIGKILL
+        return step(self, **options)
+
+    monkeypatch.setattr(Trainer, "train_step", killing)
+    with pytest.raises(Killed):
+        train(config, tmp_path / "cut", teacher)
+    monkeypatch.undo()
+    code, out = train(config, tmp_path / "cut", teacher)
+    assert code == 0
+    assert_same_result(whole, out, ignore=("broken",))
+    assert rows(out / "summary.csv")[0]["broken"] == ("0" if kill_at <= 10 else "1")
+
+
+def test_a_signal_stops_at_the_next_step_and_the_run_goes_on_from_there(
+    tiny_runs, train, teacher_folder, kd_run, tmp_path, monkeypatch
+):
+    config = pick(tiny_runs, "kd")
+    step = Trainer.train_step
+
+    def interrupted(self, **options):
+        if self.step == 31:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, **options)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    code, out = train(config, tmp_path, teacher_folder)
+    assert code == EXIT_INTERRUPTED and not (out / "status.json").exists()
+    monkeypatch.undo()
+    assert train(config, tmp_path, teacher_folder)[0] == 0
+    assert "resumed at step 32" in (out / "train.log").read_text()
+    assert_same_result(kd_run, out, ignore=("broken",))
+
+
+def test_a_run_stops_when_its_master_is_gone(tiny_runs, train, tmp_path, monkeypatch):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    monkeypatch.setenv("KDCLIMB_MASTER", str(gone.pid))
+    assert train(pick(tiny_runs, "ce"), tmp_path)[0] == EXIT_INTERRUPTED
+
+
+def test_a_complete_run_comes_back_without_training(kd_run, tiny_runs, train, teacher_folder, tmp_path, monkeypatch):
+    out = tmp_path / kd_run.name
+    shutil.copytree(kd_run, out)
+    for name in (*ARTIFACTS, "status.json"):  # as Snakemake does before it starts a job again
+        target = out / name
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    monkeypatch.setattr(Trainer, "train_step", None)
+    assert train(pick(tiny_runs, "kd"), tmp_path, teacher_folder)[0] == 0
+    assert_same_result(kd_run, out)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_changed_code_trains_again_unless_frozen(
+    frozen, kd_run, tiny_runs, train, teacher_folder, tmp_path, monkeypatch
+):
+    shutil.copytree(kd_run, tmp_path / kd_run.name)
+    monkeypatch.setattr(trainer_module, "source_hash", lambda entry: "another")
+    trained = []
+    step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self, **o: trained.append(1) or step(self, **o))
+    assert train(pick(tiny_runs, "kd"), tmp_path, teacher_folder, any_code=frozen)[0] == 0
+    assert bool(trained) is not frozen
+
+
+def test_divergence_is_a_result_with_its_reason(tiny_runs, train, tmp_path):
+    config = pick(tiny_runs, "ce")
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, adam_lr=1e30, muon_lr=1e30))
+    code, out = train(config, tmp_path)
+    status = json.loads((out / "status.json").read_text())
+    assert code == 0 and status["status"] == "diverged" and "nan" in status["reason"]
+    assert list((out / "checkpoints").iterdir()) == []
+    assert rows(out / "summary.csv")[0]["final_val"] != ""  # what it had before it diverged
+
+
+def test_running_out_of_memory_is_a_result_that_names_the_key(tiny_runs, train, tmp_path, monkeypatch):
+    def no_memory(self, **options):
+        raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+
+    monkeypatch.setattr(Trainer, "train_step", no_memory)
+    code, out = train(pick(tiny_runs, "ce"), tmp_path)
+    status = json.loads((out / "status.json").read_text())
+    assert code == 0 and status["status"] == "oom" and "train.micro_batch_tokens" in status["reason"]
+
+
+def test_an_unexpected_failure_is_tried_again_and_then_a_result(tiny_runs, train, tmp_path, monkeypatch):
+    def broken(self, **options):
+        raise RuntimeError("the disk of theseus")
+
+    monkeypatch.setattr(Trainer, "train_step", broken)
+    code, out = train(pick(tiny_runs, "ce"), tmp_path, last_attempt=False)
+    assert code == 1 and not (out / "status.json").exists()
+    assert train(pick(tiny_runs, "ce"), tmp_path)[0] == 0
+    status = json.loads((out / "status.json").read_text())
+    assert status["status"] == "failed" and "theseus" in status["reason"] and status["attempts"] == 2
+    assert "Traceback" in (out / "train.log").read_text()
+    assert rows(out / "steps.csv") == []
+
+
+def test_a_folder_with_another_config_is_refused(tiny_runs, train, tmp_path):
+    config = pick(tiny_runs, "ce")
+    out = tmp_path / config.run_id
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(config.to_dict() | {"seed": 7}))
+    with pytest.raises(ConfigError, match="holds another config"):
+        train(config, tmp_path)
+
+
+def test_measured_time_leaves_validation_and_warm_up_out(tiny_runs, train, tmp_path, monkeypatch):
+    config = dataclasses.replace(pick(tiny_runs, "ce"), clock="measured", modelled_tflops=0.0)
+    now = [0.0]
+    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: now[0])
+    step, validate = Trainer.train_step, Trainer.validate
+
+    def timed(seconds, function):
+        def call(self, *args, **options):
+            now[0] += seconds
+            return function(self, *args, **options)
+
+        return call
+
+    monkeypatch.setattr(Trainer, "train_step", timed(0.5, step))
+    monkeypatch.setattr(Trainer, "validate", timed(100.0, validate))
+    _, out = train(config, tmp_path)
+    steps = rows(out / "steps.csv")
+    assert [float(r["train_time_ms"]) for r in steps[:3]] == [500.0, 1000.0, 1500.0]
+    assert float(rows(out / "summary.csv")[0]["step_ms_median"]) == 500.0
+
+
+def test_warm_up_changes_nothing(tiny_runs, train, tmp_path):
+    modelled = pick(tiny_runs, "ce")
+    measured = dataclasses.replace(modelled, clock="measured", modelled_tflops=0.0)
+    (_, a), (_, b) = train(modelled, tmp_path), train(measured, tmp_path)
+    timeless = [[{k: v for k, v in r.items() if k != "train_time_ms"} for r in rows(x / "steps.csv")] for x in (a, b)]
+    assert timeless[0] == timeless[1]
+    weights = [load_file(x / "checkpoints/model.safetensors") for x in (a, b)]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def test_two_runs_at_once_mark_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        trainer_module.DeviceLease.__init__.__globals__["tempfile"], "gettempdir", lambda: str(tmp_path)
+    )
+    first = trainer_module.DeviceLease("cpu test")
+    assert not first.shared()
+    second = trainer_module.DeviceLease("cpu test")
+    assert first.shared() and second.shared()
+    first.file.close()
+    second.file.close()
+    third = trainer_module.DeviceLease("cpu test")
+    assert not third.shared()
+
+
+def test_a_folder_is_held_by_one_process(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from kdclimb.artifacts import RunFolder\n"
+        "with RunFolder(Path(sys.argv[1])).lock(): print('in', flush=True)"
+    )
+    with RunFolder(tmp_path).lock():
+        other = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(timeout=1.0)
+    assert other.communicate(timeout=20)[0] == "in\n"

@@ -1,0 +1,81 @@
+"""Copies of the project to run campaigns in, with ./run and the .venv that ./test made."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PARTS = "Snakefile config data envs kdclimb requirements.txt requirements-dev.txt rules run tests workflow".split()
+TINY = ["--configfile", "tests/tiny.yaml"]
+
+
+class Checkout:
+    """A copy of the project in `path`. `results`: another checkout whose finished work to take over."""
+
+    def __init__(self, path: Path, results: "Checkout | None" = None):
+        self.path = path
+        path.mkdir(parents=True)
+        for name in PARTS:
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+            copy(ROOT / name, path / name)
+        if not (ROOT / ".venv").is_dir():
+            pytest.fail("these tests use the project's .venv: start them with ./test")
+        (path / ".venv").symlink_to(ROOT / ".venv")
+        if results is not None:
+            for name in ("results", ".snakemake"):
+                subprocess.run(["cp", "-a", results.path / name, path / name], check=True)
+
+    def start(self, *arguments) -> subprocess.Popen:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("KDCLIMB", "SNAKEMAKE"))}
+        return subprocess.Popen(
+            ["./run", *arguments],
+            cwd=self.path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *arguments, code: int | None = 0, timeout: float = 400) -> str:
+        """./run with these arguments to its end; its output. `code`: the exit code it must have (None: not 0)."""
+        process = self.start(*arguments)
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            pytest.fail(f"./run {arguments} took more than {timeout} s:\n{output}")
+        assert process.returncode == code or (code is None and process.returncode != 0), output
+        return output
+
+    def run_and_kill(self, seconds: float, *arguments) -> bool:
+        """SIGKILL ./run (not its children) after `seconds`; False if it had ended before."""
+        process = self.start(*arguments)
+        try:
+            process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            return True
+        return False
+
+    def edit(self, name: str, old: str, new: str) -> None:
+        text = (self.path / name).read_text()
+        assert text.count(old) == 1, f"{name}: {old!r} stands there {text.count(old)} times"
+        time.sleep(0.01)
+        (self.path / name).write_text(text.replace(old, new))
+
+    def attempts(self) -> dict[str, int]:
+        """How often each run has been started."""
+        return {f.parent.parent.name: int(f.read_text()) for f in self.path.glob("results/runs/*/.state/attempts")}
+
+    def tables(self, campaign: str = "tiny") -> dict[str, bytes]:
+        """Every CSV and JSON of the campaign, by its path."""
+        folder = self.path / "results" / campaign
+        return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.suffix in (".csv", ".json")}

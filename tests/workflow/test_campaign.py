@@ -1,0 +1,250 @@
+"""The real workflow on the tiny campaign, through ./run: what it makes, what it remakes, how it ends."""
+
+import csv
+import json
+import re
+import subprocess
+
+import pytest
+import yaml
+from checkouts import ROOT, TINY, Checkout
+
+pytestmark = pytest.mark.slow
+
+LEDGER = (
+    "run_id mode teacher_params_m teacher_steps teacher_train_time_ms alpha temp kd_lr_boost student_steps best_val "
+    "final_val steps_to_target status artifact_dir"
+).split()  # the seed's columns
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def jobs(output: str) -> list[str]:
+    """The rules of the jobs that were run, in order."""
+    return re.findall(r"^(?:local)?(?:rule|checkpoint) (\w+):$", output, flags=re.MULTILINE)
+
+
+def overlay(checkout: Checkout, name: str, **changes) -> list[str]:
+    """Write a config that changes the tiny one; the arguments that use it."""
+    (checkout.path / f"{name}.yaml").write_text(yaml.safe_dump(changes))
+    return ["--configfile", "tests/tiny.yaml", f"{name}.yaml"]
+
+
+# ---- what a campaign makes
+
+
+def test_first_line_names_campaign_and_device(finished):
+    assert finished.output.splitlines()[0].startswith("kdclimb: campaign tiny on cpu")
+
+
+def test_every_stage_leaves_its_result(finished):
+    results = finished.path / "results/tiny"
+    expected = """ce/timing.csv budget.json teacher/probe.csv teacher/projected.json teacher/trained.csv
+        teacher/measured.json teacher/selected.json target.json kd/isolates.csv kd/screen.csv kd/promoted.json
+        kd/full.csv controls.csv tables/curves.csv tables/runs.csv tables/compare.csv tables/teachers.csv
+        tables/ledger.csv verdict.json report/index.html figures/val_loss_steps.svg""".split()
+    assert [name for name in expected if not (results / name).is_file()] == []
+    runs = rows(results / "tables/runs.csv")
+    assert {r["arm"] for r in runs} == {
+        *("ce", "probe", "teacher", "isolate", "screen", "kd", "control_boost", "control_random")
+    }
+    assert {r["status"] for r in runs} == {"ok"}
+
+
+def test_the_budget_is_a_tenth_of_the_median_ce_time_at_the_longest_horizon(finished):
+    results = finished.path / "results/tiny"
+    times = [float(r["train_time_ms"]) for r in rows(results / "ce/timing.csv") if r["horizon"] == "75"]
+    budget = json.loads((results / "budget.json").read_text())
+    assert len(times) == 2 and budget["budget_ms"] == pytest.approx(0.1 * sum(times) / 2)
+    selected = json.loads((results / "teacher/selected.json").read_text())
+    assert 0 < selected["train_time_ms"] <= budget["budget_ms"]
+    rejected = json.loads((results / "teacher/projected.json").read_text())["rejected"]
+    assert list(rejected) == ["L2-H2-D16-75"] and "budget" in rejected["L2-H2-D16-75"]
+    assert "L2-H2-D16-75" not in {r["candidate"] for r in rows(results / "teacher/trained.csv")}
+
+
+def test_the_ledger_has_the_seeds_columns_and_every_run_once(finished):
+    ledger = rows(finished.path / "results/tiny/tables/ledger.csv")
+    assert list(ledger[0]) == LEDGER
+    folders = {f.name for f in (finished.path / "results/runs").iterdir()}
+    assert len(ledger) == len(folders) and {r["run_id"] for r in ledger} == folders
+
+
+def test_the_report_is_one_file_that_needs_no_network(finished):
+    page = (finished.path / "results/tiny/report/index.html").read_text()
+    assert not re.search(r"""(?:src|href)\s*=\s*["'](?:https?:)?//""", page)
+    assert "<script src" not in page and "@import" not in page
+    verdict = json.loads((finished.path / "results/tiny/verdict.json").read_text())
+    assert verdict["claimable"] is False and "modelled" in " ".join(verdict["not_claimable_because"])
+    for text in (verdict["sentence"].split(":")[0], "L2-H2-D16-75", "modelled"):
+        assert text in page
+
+
+def test_snakemakes_own_report_works(finished):
+    finished.run("--report", "snakemake-report.html", *TINY)
+    page = (finished.path / "snakemake-report.html").read_text()
+    assert "ledger.csv" in page and "val_loss_steps.svg" in page and "one line each" in page  # files, and a caption
+
+
+# ---- what is made again
+
+
+def test_a_finished_campaign_has_nothing_to_do(finished):
+    assert "Nothing to be done" in finished.run("-n", *TINY)
+
+
+def test_one_temperature_trains_its_point_and_what_follows(changed):
+    before = changed.attempts()
+    arguments = overlay(changed, "t", kd={"grid": {"temperature": [1.0, 3.0]}})
+    changed.run(*arguments)
+    after = changed.attempts()
+    assert {k: after[k] for k in before} == before
+    new = [name for name in after if name not in before]
+    screened = [name for name in new if "-50-t3-" in name]
+    promoted = json.loads((changed.path / "results/tiny/kd/promoted.json").read_text())["points"]
+    follows = [name for name in new if promoted == ["T3-boost1.5-hold0.15-drop0.35"] and "-t3-" in name]
+    assert len(screened) == (2 if follows else 1)  # the point, and its random-teacher control if it is promoted
+    assert set(new) == {*screened, *follows}
+
+
+def test_editing_the_analysis_trains_nothing(changed):
+    before = changed.attempts()
+    changed.edit("kdclimb/analysis/targets.py", "def read_target(", "EDITED = 1\n\n\ndef read_target(")
+    output = changed.run(*TINY)
+    assert "train" not in jobs(output) and {"kd_screen", "compare", "report"} <= set(jobs(output))
+    assert changed.attempts() == before
+
+
+def test_editing_a_comment_makes_nothing_again(changed):
+    changed.edit("kdclimb/train.py", "# ---- the loop", "# ---- that loop")
+    changed.edit("kdclimb/analysis/targets.py", "def read_target(", "# a reason\ndef read_target(")
+    assert "Nothing to be done" in changed.run("-n", *TINY)
+
+
+def test_editing_the_loss_trains_again_unless_code_is_frozen(changed):
+    changed.edit("kdclimb/kernels/chunked.py", "def chunk_tokens(", "EDITED = 1\n\n\ndef chunk_tokens(")
+    ce_and_probes = 4 + 3
+    assert jobs(changed.run("-n", *TINY)).count("train") >= ce_and_probes
+    frozen = overlay(changed, "frozen", code="frozen")
+    assert "train" not in jobs(changed.run("-n", *frozen))
+
+
+def test_forgotten_results_are_made_again(changed):
+    before, tables = changed.attempts(), changed.tables()
+    run_id = rows(changed.path / "results/tiny/ce/timing.csv")[0]["run_id"]
+    subprocess.run([".venv/bin/python", "-m", "kdclimb", "retry", "--run", run_id], cwd=changed.path, check=True)
+    assert not (changed.path / "results/runs" / run_id).exists()
+    changed.run(*TINY)
+    assert changed.attempts() == before  # its count starts again, and no other run was started
+    assert changed.tables() == tables
+
+
+def test_one_target_alone(checkout):
+    planned = jobs(checkout.run("-n", "results/tiny/budget.json", *TINY))
+    assert sorted(set(planned)) == ["budget", "ce_baseline", "data", "train"] and planned.count("train") == 4
+
+
+# ---- how it ends when things go wrong
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_tables(finished, checkout):
+    """SIGKILL to ./run alone, again and again, at moments spread over the whole campaign."""
+    for seconds in (3, 6, 9, 13, 17, 22):
+        if not checkout.run_and_kill(seconds, *TINY):
+            break
+    checkout.run(*TINY)
+    whole, cut = finished.tables(), checkout.tables()
+    assert whole.keys() == cut.keys()
+    assert [name for name in whole if whole[name] != cut[name]] == []
+
+
+def test_a_completed_timing_is_never_taken_again(checkout):
+    """Measured clock: what a run measured before a kill is what the table holds after it."""
+    arguments = ["results/tiny/ce/timing.csv", *overlay(checkout, "m", budget={"clock": "measured"})]
+    kept = {}
+    for seconds in (5, 6, 7, 8, 9, 10):
+        ended = not checkout.run_and_kill(seconds, *arguments)
+        for file in checkout.path.glob("results/runs/*/.state/complete/steps.csv"):
+            assert kept.setdefault(file, file.read_bytes()) == file.read_bytes()
+        if ended:
+            break
+    checkout.run(*arguments)
+    assert kept
+    for file, content in kept.items():
+        assert (file.parent.parent.parent / "steps.csv").read_bytes() == content
+    assert "Nothing to be done" in checkout.run("-n", *arguments)
+
+
+def test_without_a_teacher_in_the_budget_it_ends_well_and_says_so(changed):
+    arguments = overlay(changed, "poor", campaign="poor", budget={"fraction": 0.001})
+    output = changed.run(*arguments)
+    assert "train" not in jobs(output)
+    results = changed.path / "results/poor"
+    selected = json.loads((results / "teacher/selected.json").read_text())
+    assert selected["run_id"] is None and "L1-H2-D8-26" in selected["reason"]
+    verdict = json.loads((results / "verdict.json").read_text())
+    assert (
+        "none of the 3 teacher candidates meets the budget" in verdict["sentence"]
+        and verdict["steps_saved_mean"] is None
+    )
+    assert verdict["sentence"].split(":")[0] in (results / "report/index.html").read_text()
+
+
+def test_a_diverged_ce_baseline_stops_the_campaign_with_a_clear_word(checkout):
+    arguments = overlay(checkout, "hot", train={"adam_lr": 1e30, "muon_lr": 1e30, "horizons": [50], "seeds": [0]})
+    output = checkout.run("results/tiny/budget.json", *arguments, code=None)
+    assert "diverged" in output and "kdclimb retry" in output and "Traceback" not in output
+    assert not (checkout.path / "results/tiny/budget.json").exists()
+
+
+def test_a_failed_candidate_is_rejected_with_its_reason(changed):
+    """As an out-of-memory candidate would leave it: a result, exit code 0, no weights."""
+    run_id = next(
+        r for r in rows(changed.path / "results/tiny/teacher/trained.csv") if r["candidate"] == "L1-H2-D4-50"
+    )["run_id"]
+    folder = changed.path / "results/runs" / run_id
+    status = json.loads((folder / "status.json").read_text())
+    (folder / "status.json").write_text(json.dumps(status | {"status": "oom", "reason": "out of memory"}))
+    summary = (folder / "summary.csv").read_text().replace(",ok,", ",oom,")
+    (folder / "summary.csv").write_text(summary)
+    (folder / "checkpoints/model.safetensors").unlink()
+    changed.run("results/tiny/teacher/selected.json", *TINY)
+    measured = json.loads((changed.path / "results/tiny/teacher/measured.json").read_text())
+    assert measured["survivors"] == ["L1-H2-D8-26"] and "out of memory" in measured["rejected"]["L1-H2-D4-50"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"kd": {"alpa": 1}}, "kd.alpa: unknown key"),
+        ({"validation": {"every": 50}}, "validation.every: 50"),
+        ({"student": {"num_heads": 3}}, "student.num_heads: 3"),
+    ],
+)
+def test_a_bad_config_stops_before_any_job(checkout, changes, said):
+    output = checkout.run(*overlay(checkout, "bad", **changes), code=None)
+    assert said in output and "Traceback" not in output
+    assert not (checkout.path / "results").exists()
+
+
+def test_missing_shards_say_how_to_get_them(checkout):
+    output = checkout.run(*overlay(checkout, "shards", data={"source": "shards"}), code=None)
+    assert "data.shards.train" in output and "fineweb" in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize("config", ["config/h100.yaml", "config/seed155.yaml"])
+def test_shipped_campaigns_dry_run(checkout, config):
+    output = checkout.run("-n", "--configfile", config)
+    campaign = yaml.safe_load((ROOT / config).read_text())["campaign"]
+    assert output.splitlines()[0].startswith(f"kdclimb: campaign {campaign} on cuda")
+    planned = jobs(output)
+    assert planned.count("train") == 3 * 2 + 7 and {"data", "kd_screen", "compare", "ledger", "report"} <= set(planned)
+
+
+def test_plain_snakemake_works_in_a_prepared_environment(finished):
+    command = [".venv/bin/snakemake", "--cores", "8", "-n", *TINY]
+    output = subprocess.run(command, cwd=finished.path, capture_output=True, text=True)
+    assert output.returncode == 0 and "Nothing to be done" in output.stdout + output.stderr

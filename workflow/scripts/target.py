@@ -1,0 +1,7 @@
+"""Set the target: the selected teacher's final validation loss."""
+
+from kdclimb.analysis import targets
+from kdclimb.analysis.tables import run_script
+
+if __name__ == "__main__":
+    raise SystemExit(run_script(__doc__, targets.set_target, "selected", "out"))

@@ -1,0 +1,7 @@
+"""Collect the trained teacher candidates into one table."""
+
+from kdclimb.analysis import selection
+from kdclimb.analysis.tables import run_script
+
+if __name__ == "__main__":
+    raise SystemExit(run_script(__doc__, selection.teacher_train, "out", runs=True))

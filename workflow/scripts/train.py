@@ -1,0 +1,36 @@
+"""Train one run into its folder. Exit code 0: a result is there; 75: interrupted, start it again."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from kdclimb.config import RunConfig
+from kdclimb.train import run
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--config", required=True, help="the run's config: a JSON file, or the JSON itself")
+parser.add_argument("--out", type=Path, required=True, help="results/runs/<run_id>")
+parser.add_argument("--manifest", type=Path, required=True, help="manifest.json of the prepared data")
+parser.add_argument("--teacher", type=Path, help="checkpoints/ folder of the teacher's run")
+parser.add_argument("--threads", type=int, required=True)
+parser.add_argument("--code", choices=("track", "frozen"), default="track", help="frozen: keep a run of any code")
+parser.add_argument("--attempt", type=int, default=1, help="which attempt this is, of --attempts")
+parser.add_argument("--attempts", type=int, default=1, help="an unexpected failure is a result only on the last one")
+
+if __name__ == "__main__":
+    args = parser.parse_args()
+    text = args.config if args.config.startswith("{") else Path(args.config).read_text()
+    try:
+        code = run(
+            RunConfig.from_dict(json.loads(text)),
+            args.out,
+            args.manifest,
+            args.teacher,
+            threads=args.threads,
+            any_code=args.code == "frozen",
+            last_attempt=args.attempt >= args.attempts,
+        )
+    except ValueError as error:
+        sys.exit(f"train: {error}")
+    sys.exit(code)
