@@ -28,19 +28,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def forget(results: Path, status: str | None, run_id: str | None) -> int:
-    """Delete the folders of the runs with this status or id, and the campaigns' tables that name them, without which
-    Snakemake would not miss the runs. 1, with a word on stderr, if there is no such run.
+    """Delete the folders of the runs with this status or id; 1, with a word on stderr, if there is none.
+
+    With them go the campaigns' tables that name such a run, and those campaigns' report pages: Snakemake makes a
+    missing file again only if something that it was asked for is missing too.
     """
     folders = [file.parent for file in sorted(results.glob("runs/*/status.json")) if _matches(file, status, run_id)]
     if not folders:
         asked = f"status {status}" if status else f"id {run_id}"
         print(f"kdclimb retry: no run with {asked} under {results}/runs", file=sys.stderr)
         return 1
-    tables = [file for file in results.rglob("*.csv") if file.relative_to(results).parts[0] not in ("runs", "data")]
+    names = [folder.name for folder in folders]
+    for campaign in results.iterdir():
+        tables = list(campaign.rglob("*.csv")) if campaign.name not in ("runs", "data") else []
+        naming = [table for table in tables if any(name in table.read_text() for name in names)]
+        for file in (*naming, *([campaign / "report/index.html"] if naming else [])):
+            file.unlink(missing_ok=True)
     for folder in folders:
-        for table in tables:
-            if table.is_file() and folder.name in table.read_text():
-                table.unlink()
         shutil.rmtree(folder)
         print(f"forgotten: {folder}")
     print("the next ./run makes them again")
