@@ -57,7 +57,7 @@ def ce_baseline(runs: list[RunFolder], out: Path) -> None:
 
 
 def _remedy(run: RunFolder, what: str) -> str:
-    log, retry = run.folder / "train.log", f"kdclimb retry --run {run.run_id}"
+    log, retry = run.folder / "train.log", f"python -m kdclimb retry --run {run.run_id}"
     return f"  {run.label}, seed {run.config.seed}, run {run.run_id}: {what}\n    see {log}; to train it again: {retry}"
 
 
