@@ -1,7 +1,7 @@
-"""kdclimb retry: forget results, so that the next ./run makes them again.
+"""Forget results, so that the next ./run makes them again.
 
-kdclimb retry --status oom              # every run that ended out of memory
-kdclimb retry --run ce-4x128-75-s0-...  # this run, whatever it ended as
+python -m kdclimb retry --status oom                # every run that ended out of memory
+python -m kdclimb retry --run ce-3x128-100-s0-...   # this run, however it ended
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ STATUSES = ("ok", "diverged", "oom", "failed", "interrupted")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="kdclimb", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m kdclimb", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     retry = commands.add_parser("retry", help="forget results, so that the next ./run makes them again")
     which = retry.add_mutually_exclusive_group(required=True)

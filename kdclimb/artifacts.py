@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ARTIFACTS = ("config.json", "steps.csv", "val.csv", "summary.csv", "val_loss.png", "step_time.png", "checkpoints")
+MADE_AT_THE_END = ("config.json", "steps.csv", "val.csv", "summary.csv", "val_loss.png", "step_time.png", "status.json")
+FILES = (*MADE_AT_THE_END, "train.log")
+ARTIFACTS = ("checkpoints", *MADE_AT_THE_END)  # what Snakemake deletes before it starts a job again; status.json last
 STEP_COLUMNS = (
     "step tokens train_time_ms lr_mult batch_tokens window_short window_long loss_hard loss_soft "
     "kd_norm kd_share kd_active grad_norm"
@@ -86,14 +88,21 @@ class RunFolder:
         write_text(file, str(attempts))
         return attempts
 
-    def keep_complete(self, key: dict) -> None:
-        """Hard-link the artifacts under .state/complete, and note what they were made from."""
+    def finish(self, status: dict, key: dict) -> None:
+        """Publish status.json, all other artifacts being there: the run is then finished.
+
+        Before it appears, it and hard links to the others lie under .state/complete with the key of what they were
+        made from, so that there is no moment at which a finished run could still be lost.
+        """
         kept = self.state / "complete"
         shutil.rmtree(kept, ignore_errors=True)
         kept.mkdir()
-        for name in (*ARTIFACTS, "status.json"):
+        write_json(kept / "status.json", status)
+        for name in ARTIFACTS[:-1]:
             _link(self.path / name, kept / name)
         write_json(kept / "key.json", key)
+        (self.path / "status.json").unlink(missing_ok=True)
+        _link(kept / "status.json", self.path / "status.json")
         self.resume_file.unlink(missing_ok=True)
 
     def restore_complete(self, key: dict, *, any_code: bool) -> bool:
@@ -105,7 +114,7 @@ class RunFolder:
         ignored = {"code"} if any_code else set()
         if {k: v for k, v in found.items() if k not in ignored} != {k: v for k, v in key.items() if k not in ignored}:
             return False
-        for name in (*ARTIFACTS, "status.json"):
+        for name in ARTIFACTS:
             target = self.path / name
             shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
             _link(kept / name, target)

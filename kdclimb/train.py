@@ -420,8 +420,7 @@ class _Attempt:
             "code_hash": self.key["code"],
             "versions": versions(),
         }
-        write_json(out / "status.json", description)
-        self.folder.keep_complete(self.key)
+        self.folder.finish(description, self.key)
 
     def _summary(self, status: str, shared: bool) -> dict:
         config, trainer = self.config, self.trainer

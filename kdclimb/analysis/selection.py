@@ -19,8 +19,9 @@ from kdclimb.analysis.tables import (
     write_csv,
 )
 from kdclimb.analysis.targets import SCREEN_COLUMNS
-from kdclimb.artifacts import write_json
+from kdclimb.artifacts import FILES, write_json
 from kdclimb.config import ScheduleConfig
+from kdclimb.schedule import batch_tokens
 
 PROBE_COLUMNS = tuple(
     "candidate run_id status reason steps horizon probe_step_ms projected_ms params_stored params_active "
@@ -29,14 +30,13 @@ PROBE_COLUMNS = tuple(
 EARLY_VALIDATIONS = 3  # after step 0: the first checkpoints, over which a teacher must improve
 EARLY_COLUMNS = tuple(f"early_val_{i}" for i in range(EARLY_VALIDATIONS + 1))  # nats; 0 is the one at step 0
 TRAINED_COLUMNS = ("candidate", *RUN_COLUMNS, *EARLY_COLUMNS, "missing_artifacts")
-ARTIFACTS = "config.json train.log steps.csv val.csv summary.csv status.json val_loss.png step_time.png".split()
+WEIGHTS = ("checkpoints/model.safetensors", "checkpoints/model.json")
 SELECTED_KEYS = ("run_id", "candidate", "final_val", "best_val", "train_time_ms", "budget_ms", "reason")
 
 
 def total_tokens(schedule: ScheduleConfig) -> int:
-    """Tokens of a run over its whole horizon: step s (from 0) trains in stage floor(s * stages / horizon)."""
-    stages = len(schedule.batch_tokens)
-    return sum(schedule.batch_tokens[step * stages // schedule.horizon] for step in range(schedule.horizon))
+    """Tokens of a run over its whole horizon."""
+    return sum(batch_tokens(schedule, step) for step in range(schedule.horizon))
 
 
 def teacher_probe(runs: list[RunFolder], out: Path) -> None:
@@ -127,10 +127,7 @@ def teacher_train(runs: list[RunFolder], out: Path) -> None:
 def _trained_row(run: RunFolder) -> dict:
     losses = [row["val_loss"] for row in run.val[: len(EARLY_COLUMNS)]]
     losses += [None] * (len(EARLY_COLUMNS) - len(losses))
-    missing = [name for name in ARTIFACTS if not (run.folder / name).is_file()]
-    checkpoints = run.folder / "checkpoints"
-    if not checkpoints.is_dir() or not any(checkpoints.iterdir()):
-        missing.append("checkpoints/")
+    missing = [name for name in (*FILES, *WEIGHTS) if not (run.folder / name).is_file()]
     early = dict(zip(EARLY_COLUMNS, losses, strict=True))
     return run.row() | early | {"candidate": run.label, "missing_artifacts": " ".join(missing)}
 

@@ -48,7 +48,7 @@ def kd_run(tiny_runs, train, teacher_folder, tmp_path_factory):
 
 
 def test_a_run_leaves_its_artifacts(kd_run):
-    for name in (*ARTIFACTS, "train.log", "status.json"):
+    for name in (*ARTIFACTS, "train.log"):
         assert (kd_run / name).exists(), name
     steps, vals, summary = (rows(kd_run / f"{name}.csv") for name in ("steps", "val", "summary"))
     assert list(steps[0]) == STEP_COLUMNS and list(vals[0]) == VAL_COLUMNS and list(summary[0]) == SUMMARY_COLUMNS
@@ -160,7 +160,7 @@ def test_a_run_stops_when_its_master_is_gone(tiny_runs, train, tmp_path, monkeyp
 def test_a_complete_run_comes_back_without_training(kd_run, tiny_runs, train, teacher_folder, tmp_path, monkeypatch):
     out = tmp_path / kd_run.name
     shutil.copytree(kd_run, out)
-    for name in (*ARTIFACTS, "status.json"):  # as Snakemake does before it starts a job again
+    for name in ARTIFACTS:  # as Snakemake does before it starts a job again
         target = out / name
         shutil.rmtree(target) if target.is_dir() else target.unlink()
     monkeypatch.setattr(Trainer, "train_step", None)
