@@ -298,6 +298,8 @@ def run(
     """
     if out.name != config.run_id:
         raise ConfigError(f"{out}: the folder of this config is called {config.run_id}")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda is asked for, but torch finds no CUDA GPU here; allowed: auto, cpu")
     torch.set_num_threads(threads)
     # On CUDA the flash-attention backward sums in any order; there bytes may differ between runs.
     torch.use_deterministic_algorithms(config.device == "cpu")

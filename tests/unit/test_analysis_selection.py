@@ -128,11 +128,11 @@ def test_measured_checklist(tmp_path, budget, edit, reason):
 def test_missing_artifacts_are_listed(tmp_path, budget):
     runs = candidates(tmp_path, "teacher", A={"val": FALLING})
     (runs[0].folder / "val_loss.png").unlink()
-    (runs[0].folder / "checkpoints" / "weights").unlink()
+    (runs[0].folder / "checkpoints" / "model.safetensors").unlink()
     selection.teacher_train(runs, tmp_path / "trained.csv")
     selection.filter_measured(tmp_path / "trained.csv", budget, tmp_path / "measured.json")
     rejected = json.loads((tmp_path / "measured.json").read_text())["rejected"]
-    assert rejected == {"A": "artifacts missing: val_loss.png checkpoints/"}
+    assert rejected == {"A": "artifacts missing: val_loss.png checkpoints/model.safetensors"}
 
 
 def test_several_reasons_stand_together(tmp_path, budget):

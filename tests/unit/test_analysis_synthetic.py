@@ -82,8 +82,7 @@ def write_run(runs, config, val=(), step_ms=10.0, status="ok", reason="", shares
     """
     folder = Path(runs) / config.run_id
     (folder / "checkpoints").mkdir(parents=True)
-    (folder / "checkpoints" / "weights").write_text("w")
-    for name in ("train.log", "val_loss.png", "step_time.png"):
+    for name in ("train.log", "val_loss.png", "step_time.png", "checkpoints/model.safetensors", "checkpoints/model.json"):
         (folder / name).write_text("x")
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     (folder / "status.json").write_text(json.dumps({"status": status, "reason": reason}))

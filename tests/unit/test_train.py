@@ -281,3 +281,10 @@ def test_a_folder_is_held_by_one_process(tmp_path):
         with pytest.raises(subprocess.TimeoutExpired):
             other.wait(timeout=1.0)
     assert other.communicate(timeout=20)[0] == "in\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_cuda_without_a_gpu_is_refused(tiny_runs, train, tmp_path):
+    config = dataclasses.replace(pick(tiny_runs, "ce"), device="cuda")
+    with pytest.raises(ConfigError, match="device: cuda is asked for"):
+        train(config, tmp_path)
