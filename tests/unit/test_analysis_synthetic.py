@@ -82,7 +82,8 @@ def write_run(runs, config, val=(), step_ms=10.0, status="ok", reason="", shares
     """
     folder = Path(runs) / config.run_id
     (folder / "checkpoints").mkdir(parents=True)
-    for name in ("train.log", "val_loss.png", "step_time.png", "checkpoints/model.safetensors", "checkpoints/model.json"):
+    weights = ("checkpoints/model.safetensors", "checkpoints/model.json")
+    for name in ("train.log", "val_loss.png", "step_time.png", *weights):
         (folder / name).write_text("x")
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     (folder / "status.json").write_text(json.dumps({"status": status, "reason": reason}))

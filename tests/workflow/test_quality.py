@@ -1,10 +1,12 @@
-"""The code's form: lint of the workflow, format of rules and Python."""
+"""Form: lint of the workflow, format of rules and Python, pages whose paths exist."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from checkouts import ROOT
 
 BIN = Path(sys.executable).parent
@@ -34,3 +36,16 @@ def test_ruff_format():
 
 def test_snakefile_is_short():
     assert len((ROOT / "Snakefile").read_text().splitlines()) < 60
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/DESIGN.md", "docs/METHODS.md", "docs/LOG.md", "data/README.md"])
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text())
+    assert [link for link in links if "://" not in link and not ((ROOT / page).parent / link).exists()] == []
+
+
+def test_the_readme_names_every_module_and_rule_file():
+    tree = (ROOT / "README.md").read_text().split("## What is where")[1]
+    modules = [*(ROOT / "kdclimb").rglob("*.py"), *(ROOT / "rules").glob("*.smk"), *(ROOT / "config").glob("*.yaml")]
+    named = {file.name for file in modules if file.name != "__init__.py"}
+    assert [name for name in sorted(named) if name not in tree] == []
