@@ -10,12 +10,23 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kdclimb.artifacts import write_json, write_via
-from kdclimb.config import ModelConfig, build
-from kdclimb.data import Batch
+from kdclimb.config import ModelConfig, RunConfig, build
+from kdclimb.data import Batch, Dataset
 from kdclimb.evaluate import validate
 from kdclimb.model import GPT
 
 RESCORE_TOLERANCE = 1e-3  # nats; covers bf16 kernels that sum in another order, not other weights
+
+
+def checkpoint_facts(config: RunConfig, dataset: Dataset) -> dict:
+    """What a teacher and its student must have in common for its validation loss to mean the same."""
+    return {
+        "data_hash": dataset.hash,
+        "tokenizer_sha256": dataset.manifest["tokenizer_sha256"],
+        "val_tokens": config.validation.tokens,
+        "micro_batch_tokens": config.schedule.micro_batch_tokens,
+        "max_doc_tokens": config.schedule.max_doc_tokens,
+    }
 
 
 def save_checkpoint(folder: Path, model: GPT, facts: dict) -> None:

@@ -1,6 +1,4 @@
-"""Train one run: the readable loop, and what makes it repeatable, resumable and honest about its time.
-
-    PYTHONPATH=. python workflow/scripts/train.py --config results/runs/<id>/config.json --out results/runs/<id> ...
+"""The training loop: what makes a run repeatable, resumable to the bit, and honest about its time.
 
 Time is the speedrun's train_time_ms: warm-up (with the state reset after it), validation and
 checkpoint I/O are outside the clock, data loading and the teacher's forward pass inside.
@@ -10,48 +8,27 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 import statistics
-import sys
 import time
-import traceback
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from kdclimb import schedule
-from kdclimb.artifacts import (
-    STEP_COLUMNS,
-    SUMMARY_COLUMNS,
-    VAL_COLUMNS,
-    DeviceLease,
-    RunFolder,
-    plot_run,
-    write_csv,
-    write_json,
-    write_via,
-)
-from kdclimb.attention import choose_backend
-from kdclimb.config import ConfigError, RunConfig, short_hash
+from kdclimb.artifacts import write_via
+from kdclimb.config import RunConfig
 from kdclimb.data import Dataset
 from kdclimb.distill import KDController
 from kdclimb.evaluate import validate
 from kdclimb.kernels import distill_loss
 from kdclimb.model import GPT
 from kdclimb.optim import Optimizers
-from kdclimb.provenance import device_kind, source_hash, versions
-from kdclimb.teacher import load_teacher, random_teacher, read_description, save_checkpoint
+from kdclimb.teacher import checkpoint_facts, load_teacher, random_teacher
 
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: start it again and it goes on
-ENTRY = "workflow/scripts/train.py"
 WARMUP_STEPS = 2
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0}  # dense bf16, from NVIDIA's data sheets
 
 
 class Diverged(RuntimeError):
@@ -60,9 +37,6 @@ class Diverged(RuntimeError):
 
 class Interrupted(BaseException):
     """Asked to stop, or the master is gone."""
-
-
-# ---- the loop -------------------------------------------------------------------------------------
 
 
 class Trainer:
@@ -247,273 +221,3 @@ class Trainer:
             for _ in range(schedule.batch_tokens(sched, step) // sched.micro_batch_tokens):
                 self.stream.skip_batch(sched.micro_batch_tokens)
         return True
-
-
-# ---- one run, from folder to folder ---------------------------------------------------------------
-
-
-class Progress:
-    """train.log, and for the person at the terminal a bar, or a line a validation where there is no terminal."""
-
-    def __init__(self, run_id: str, log, total: int):
-        self.run_id, self.log = run_id, log
-        self.bar = tqdm(total=total, desc=run_id, unit="step", disable=not sys.stderr.isatty(), leave=False)
-
-    def update(self, steps: int) -> None:
-        self.bar.update(steps)
-
-    def report(self, text: str) -> None:
-        print(text, file=self.log, flush=True)
-        self.bar.write(f"{self.run_id}: {text}", file=sys.stderr)
-
-
-def checkpoint_facts(config: RunConfig, dataset: Dataset) -> dict:
-    """What a teacher and its student must have in common for its validation loss to mean the same."""
-    return {
-        "data_hash": dataset.hash,
-        "tokenizer_sha256": dataset.manifest["tokenizer_sha256"],
-        "val_tokens": config.validation.tokens,
-        "micro_batch_tokens": config.schedule.micro_batch_tokens,
-        "max_doc_tokens": config.schedule.max_doc_tokens,
-    }
-
-
-def run(
-    config: RunConfig,
-    out: Path,
-    manifest: Path,
-    teacher: Path | None,
-    *,
-    threads: int,
-    any_code: bool,
-    last_attempt: bool,
-) -> int:
-    """Train `config` into the folder `out`; returns the exit code.
-
-    0: the folder holds a result, which may be a failure (diverged, oom, failed) with its reason in
-    status.json. 75: interrupted, start it again. 1: failed unexpectedly, and this was not the last attempt.
-    Raises ConfigError or ValueError, and leaves no result, if config, data or teacher don't fit. A finished
-    run with the same key (config, code, data, teacher, torch, threads) is brought back, not trained again;
-    `any_code` takes one of any code.
-    """
-    if out.name != config.run_id:
-        raise ConfigError(f"{out}: the folder of this config is called {config.run_id}")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: cuda is asked for, but torch finds no CUDA GPU here; allowed: auto, cpu")
-    torch.set_num_threads(threads)
-    # On CUDA the flash-attention backward sums in any order; there bytes may differ between runs.
-    torch.use_deterministic_algorithms(config.device == "cpu")
-    folder = RunFolder(out)
-    with folder.lock():
-        _refuse_other_config(out, config)
-        dataset = Dataset(manifest)
-        key = _key(config, dataset, teacher, threads)
-        if folder.restore_complete(key, any_code=any_code):
-            print(f"{config.run_id}: already complete; its artifacts are back", file=sys.stderr)
-            return 0
-        return _Attempt(config, folder, dataset, teacher, key, threads).go(last_attempt)
-
-
-def _refuse_other_config(out: Path, config: RunConfig) -> None:
-    path = out / "config.json"
-    if path.is_file() and json.loads(path.read_text()) != json.loads(config.canonical()):
-        raise ConfigError(f"{path}: holds another config than the one asked for; move {out} away")
-    write_json(path, config.to_dict())
-
-
-def _key(config: RunConfig, dataset: Dataset, teacher: Path | None, threads: int) -> dict:
-    """What a resume state or a finished run must share with what is asked, to stand for it."""
-    return {
-        "config": short_hash(config.canonical()),
-        "code": source_hash(ENTRY),
-        "data": dataset.hash,
-        "teacher": None if teacher is None else read_description(teacher)["weights_sha256"],
-        "torch": torch.__version__,
-        "device": device_kind(config.device),
-        "threads": threads,
-    }
-
-
-class _Attempt:
-    """One try at a run: trains, and writes down whatever comes of it."""
-
-    def __init__(self, config, folder: RunFolder, dataset, teacher, key, threads):
-        self.config, self.folder, self.dataset, self.teacher = config, folder, dataset, teacher
-        self.key, self.threads = key, threads
-        self.backend = choose_backend(config.device)
-        self.started = datetime.now(UTC)
-        self.trainer: Trainer | None = None
-
-    def go(self, last_attempt: bool) -> int:
-        out = self.folder.path
-        attempts = self.folder.count_attempt()
-        stop = _StopRequests()
-        lease = DeviceLease(self.key["device"])
-        log_path = out / "train.log"
-        new = not log_path.is_file() or log_path.stat().st_size == 0
-        with log_path.open("a") as log:
-            progress = Progress(self.config.run_id, log, self.config.schedule.stop_step)
-            if new:
-                print(self._command(), file=log)
-            print(f"attempt {attempts}: {json.dumps(self.key)} {json.dumps(versions())}", file=log, flush=True)
-            status, reason = self._train(stop, progress)
-            progress.report(f"{status}{': ' + reason if reason else ''}")
-            progress.bar.close()
-        if status == "interrupted":
-            return EXIT_INTERRUPTED
-        if status == "failed" and not last_attempt:
-            return 1
-        self._write(status, reason, attempts, lease.shared())
-        return 0
-
-    def _train(self, stop: _StopRequests, progress: Progress) -> tuple[str, str | None]:
-        try:
-            self.trainer = trainer = Trainer(self.config, self.dataset, self.teacher, self.backend)
-        except torch.OutOfMemoryError as error:
-            return "oom", _oom_reason(error)
-        try:
-            if self.config.clock == "measured":
-                trainer.warm_up()
-            if trainer.load_state(self.folder.resume_file, self.key):
-                progress.report(f"resumed at step {trainer.step}")
-                progress.update(trainer.step)
-            if self.config.device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            trainer.train(lambda: trainer.save_state(self.folder.resume_file, self.key), stop.asked, progress)
-        except Interrupted:
-            return "interrupted", f"at step {trainer.step}; start it again to go on"
-        except Diverged as error:
-            return "diverged", str(error)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            return "oom", _oom_reason(error)
-        except Exception as error:
-            if "can't allocate memory" in str(error):  # the CPU allocator's RuntimeError
-                return "oom", _oom_reason(error)
-            traceback.print_exc(file=progress.log)
-            return "failed", f"{type(error).__name__}: {error}"
-        return "ok", None
-
-    def _write(self, status: str, reason: str | None, attempts: int, shared: bool) -> None:
-        """All artifacts; status.json last."""
-        out, trainer, config = self.folder.path, self.trainer, self.config
-        steps = [] if trainer is None else trainer.steps
-        vals = [] if trainer is None else trainer.vals
-        write_csv(out / "steps.csv", STEP_COLUMNS, steps)
-        write_csv(out / "val.csv", VAL_COLUMNS, vals)
-        write_csv(out / "summary.csv", SUMMARY_COLUMNS, [self._summary(status, shared)])
-        plot_run(out, config.run_id, steps, vals)
-        checkpoints = out / "checkpoints"
-        checkpoints.mkdir(exist_ok=True)
-        if status == "ok":
-            facts = checkpoint_facts(config, self.dataset)
-            facts |= {"run_id": config.run_id, "step": trainer.step, "final_val": vals[-1]["val_loss"]}
-            save_checkpoint(checkpoints, trainer.model, facts | {"untied": trainer.model.head is not None})
-        description = {
-            "status": status,
-            "reason": reason,
-            "started": self.started.isoformat(timespec="seconds"),
-            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
-            "attempts": attempts,
-            "attention": self.backend,
-            "kernel": "torch",
-            "device": self.key["device"],
-            "threads": self.threads,
-            "shared_device": shared,
-            "code_hash": self.key["code"],
-            "versions": versions(),
-        }
-        self.folder.finish(description, self.key)
-
-    def _summary(self, status: str, shared: bool) -> dict:
-        config, trainer = self.config, self.trainer
-        kd = config.kd
-        kind = "ce" if kd is None else "kd"
-        if kd is not None and (kd.infer_only or kd.random_teacher):
-            kind = "infer_only" if kd.infer_only else "random_teacher"
-        row = {
-            "run_id": config.run_id,
-            "arm": kind,
-            "seed": config.seed,
-            "status": status,
-            "device": self.key["device"],
-            "threads": self.threads,
-            "shared_device": int(shared),
-            "clock": config.clock,
-            "code_hash": self.key["code"],
-            "data_hash": self.dataset.hash,
-        }
-        if trainer is None:
-            return row
-        flops, teacher_flops = trainer.flops_per_token(kd_on=trainer.kd is not None)
-        row |= {
-            "steps": trainer.step,
-            "tokens": trainer.tokens,
-            "train_time_ms": trainer.time_ms,
-            "params_stored": trainer.model.params_stored(),
-            "params_active": trainer.model.params_active(),
-            "flops_per_token": flops,
-            "teacher_flops_per_token": teacher_flops if trainer.kd else None,
-            "kd_stop_step": trainer.kd.stop_step if trainer.kd else None,
-            "broken": trainer.broken,
-        }
-        if trainer.vals:
-            row |= {"best_val": min(v["val_loss"] for v in trainer.vals), "final_val": trainer.vals[-1]["val_loss"]}
-        return row | _step_times(trainer) | _memory(config.device)
-
-    def _command(self) -> str:
-        out = self.folder.path
-        teacher = f" --teacher {self.teacher}" if self.teacher else ""
-        return (
-            f"PYTHONPATH=. python {ENTRY} --config {out}/config.json --out {out} "
-            f"--manifest {self.dataset.folder}/manifest.json{teacher} --threads {self.threads}"
-        )
-
-
-def _oom_reason(error: BaseException) -> str:
-    return f"out of memory; lower train.micro_batch_tokens ({str(error).splitlines()[0]})"
-
-
-def _step_times(trainer: Trainer) -> dict:
-    """Median and 90th percentile of the step times in ms, and the share of the GPU's peak FLOPs where that is known."""
-    times = [row["train_time_ms"] for row in trainer.steps]
-    deltas = [b - a for a, b in zip([0.0, *times], times, strict=False)]
-    if not deltas:
-        return {}
-    row = {"step_ms_median": statistics.median(deltas), "step_ms_p90": sorted(deltas)[int(0.9 * (len(deltas) - 1))]}
-    if trainer.config.clock == "measured" and trainer.device == "cuda":
-        peak = next((v for name, v in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None)
-        if peak and trainer.kd is None:
-            flops = trainer.tokens * trainer.flops_per_token(False)[0]
-            row["mfu"] = flops / (trainer.time_ms * 1e9 * peak)
-    return row
-
-
-def _memory(device: str) -> dict:
-    if device != "cuda":
-        return {}
-    return {
-        "peak_alloc_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
-    }
-
-
-class _StopRequests:
-    """Whether to stop: on SIGTERM or SIGINT, or when the master that KDCLIMB_MASTER names is gone.
-
-    ./run sets that variable. Without it a training job would outlive a killed master, and its successor
-    would wait for a device that nobody watches.
-    """
-
-    def __init__(self):
-        self.signalled = False
-        self.master = int(os.environ.get("KDCLIMB_MASTER", 0))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, *_) -> None:
-        self.signalled = True
-
-    def asked(self) -> bool:
-        if self.master and not Path(f"/proc/{self.master}").exists():
-            return True
-        return self.signalled

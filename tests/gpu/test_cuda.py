@@ -15,7 +15,7 @@ from kdclimb.attention import Documents, attention
 from kdclimb.config import DataRef, KDConfig, ModelConfig, OptimConfig, RunConfig, ScheduleConfig, ValidationConfig
 from kdclimb.data import prepare
 from kdclimb.kernels import DenseTeacher, Softcap, distill_loss
-from kdclimb.train import run
+from kdclimb.run import run
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parent.parent.parent

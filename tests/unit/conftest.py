@@ -5,7 +5,7 @@ from configs import ROOT, merged
 
 from kdclimb import campaign
 from kdclimb.data import prepare
-from kdclimb.train import run
+from kdclimb.run import run
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,7 @@ import torch
 
 from kdclimb.data import Dataset
 from kdclimb.distill import KDController
-from kdclimb.teacher import load_teacher, random_teacher
-from kdclimb.train import checkpoint_facts
+from kdclimb.teacher import checkpoint_facts, load_teacher, random_teacher
 
 OPTIONS = {"device": "cpu", "backend": "reference", "compute_dtype": torch.float32}
 

@@ -15,10 +15,12 @@ import torch
 from configs import ROOT
 from safetensors.torch import load_file
 
-from kdclimb import train as trainer_module
+from kdclimb import run as run_module
+from kdclimb import train as train_module
 from kdclimb.artifacts import ARTIFACTS, STEP_COLUMNS, SUMMARY_COLUMNS, VAL_COLUMNS, RunFolder
 from kdclimb.config import ConfigError
-from kdclimb.train import EXIT_INTERRUPTED, Trainer
+from kdclimb.run import EXIT_INTERRUPTED
+from kdclimb.train import Trainer
 
 
 def pick(runs, arm, seed=0):
@@ -173,7 +175,7 @@ def test_changed_code_trains_again_unless_frozen(
     frozen, kd_run, tiny_runs, train, teacher_folder, tmp_path, monkeypatch
 ):
     shutil.copytree(kd_run, tmp_path / kd_run.name)
-    monkeypatch.setattr(trainer_module, "source_hash", lambda entry: "another")
+    monkeypatch.setattr(run_module, "source_hash", lambda entry: "another")
     trained = []
     step = Trainer.train_step
     monkeypatch.setattr(Trainer, "train_step", lambda self, **o: trained.append(1) or step(self, **o))
@@ -227,7 +229,7 @@ def test_a_folder_with_another_config_is_refused(tiny_runs, train, tmp_path):
 def test_measured_time_leaves_validation_and_warm_up_out(tiny_runs, train, tmp_path, monkeypatch):
     config = dataclasses.replace(pick(tiny_runs, "ce"), clock="measured", modelled_tflops=0.0)
     now = [0.0]
-    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(train_module.time, "perf_counter", lambda: now[0])
     step, validate = Trainer.train_step, Trainer.validate
 
     def timed(seconds, function):
@@ -256,16 +258,14 @@ def test_warm_up_changes_nothing(tiny_runs, train, tmp_path):
 
 
 def test_two_runs_at_once_mark_each_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        trainer_module.DeviceLease.__init__.__globals__["tempfile"], "gettempdir", lambda: str(tmp_path)
-    )
-    first = trainer_module.DeviceLease("cpu test")
+    monkeypatch.setattr(run_module.DeviceLease.__init__.__globals__["tempfile"], "gettempdir", lambda: str(tmp_path))
+    first = run_module.DeviceLease("cpu test")
     assert not first.shared()
-    second = trainer_module.DeviceLease("cpu test")
+    second = run_module.DeviceLease("cpu test")
     assert first.shared() and second.shared()
     first.file.close()
     second.file.close()
-    third = trainer_module.DeviceLease("cpu test")
+    third = run_module.DeviceLease("cpu test")
     assert not third.shared()
 
 

@@ -119,7 +119,7 @@ def test_editing_the_analysis_trains_nothing(changed):
 
 
 def test_editing_a_comment_makes_nothing_again(changed):
-    changed.edit("kdclimb/train.py", "# ---- the loop", "# ---- that loop")
+    changed.edit("kdclimb/train.py", "# ---- resuming", "# ---- going on")
     changed.edit("kdclimb/analysis/targets.py", "def read_target(", "# a reason\ndef read_target(")
     assert "Nothing to be done" in changed.run("-n", *TINY)
 

@@ -186,15 +186,15 @@ def test_missing_config_file_is_named(project):
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        ([], "--cores all --rerun-incomplete"),
-        (["-n"], "--cores all --rerun-incomplete --nolock -n"),
-        (["-np"], "--cores all --rerun-incomplete --nolock -np"),
-        (["--cores", "1"], "--rerun-incomplete --cores 1"),
-        (["-c1"], "--rerun-incomplete -c1"),
-        (["-kj2"], "--rerun-incomplete -kj2"),
-        (["--jobs=2"], "--rerun-incomplete --jobs=2"),
-        (["--profile", "slurm"], "--rerun-incomplete --profile slurm"),
-        (["results/x y.json", "--quiet"], "--cores all --rerun-incomplete results/x y.json --quiet"),
+        ([], "--cores all --rerun-incomplete --show-failed-logs"),
+        (["-n"], "--cores all --rerun-incomplete --show-failed-logs --nolock -n"),
+        (["-np"], "--cores all --rerun-incomplete --show-failed-logs --nolock -np"),
+        (["--cores", "1"], "--rerun-incomplete --show-failed-logs --cores 1"),
+        (["-c1"], "--rerun-incomplete --show-failed-logs -c1"),
+        (["-kj2"], "--rerun-incomplete --show-failed-logs -kj2"),
+        (["--jobs=2"], "--rerun-incomplete --show-failed-logs --jobs=2"),
+        (["--profile", "slurm"], "--rerun-incomplete --show-failed-logs --profile slurm"),
+        (["results/x y.json", "--quiet"], "--cores all --rerun-incomplete --show-failed-logs results/x y.json --quiet"),
     ],
 )
 def test_arguments_go_on_to_snakemake(project, args, expected):

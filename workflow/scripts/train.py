@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from kdclimb.config import RunConfig
-from kdclimb.train import run
+from kdclimb.run import run
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--config", required=True, help="the run's config: a JSON file, or the JSON itself")
