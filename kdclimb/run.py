@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import sys
@@ -122,6 +123,7 @@ class _Attempt:
 
     def go(self, last_attempt: bool) -> int:
         out = self.folder.path
+        (out / "status.json").unlink(missing_ok=True)  # an earlier result, of other code or data
         attempts = self.folder.count_attempt()
         stop = _StopRequests()
         lease = DeviceLease(self.key["device"])
@@ -145,7 +147,9 @@ class _Attempt:
     def _train(self, stop: _StopRequests, progress: Progress) -> tuple[str, str | None]:
         try:
             self.trainer = trainer = Trainer(self.config, self.dataset, self.teacher, self.backend)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not _is_oom(error):
+                raise  # data or teacher don't fit: no result of this run
             return "oom", _oom_reason(error)
         try:
             if self.config.clock == "measured":
@@ -160,10 +164,8 @@ class _Attempt:
             return "interrupted", f"at step {trainer.step}; start it again to go on"
         except Diverged as error:
             return "diverged", str(error)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            return "oom", _oom_reason(error)
         except Exception as error:
-            if "can't allocate memory" in str(error):  # the CPU allocator's RuntimeError
+            if _is_oom(error):
                 return "oom", _oom_reason(error)
             traceback.print_exc(file=progress.log)
             return "failed", f"{type(error).__name__}: {error}"
@@ -179,7 +181,8 @@ class _Attempt:
         write_csv(out / "summary.csv", SUMMARY_COLUMNS, [self._summary(status, shared)])
         plot_run(out, config.run_id, steps, vals)
         checkpoints = out / "checkpoints"
-        checkpoints.mkdir(exist_ok=True)
+        shutil.rmtree(checkpoints, ignore_errors=True)  # a failed run must not keep an earlier one's weights
+        checkpoints.mkdir()
         if status == "ok":
             facts = checkpoint_facts(config, self.dataset)
             facts |= {"run_id": config.run_id, "step": trainer.step, "final_val": vals[-1]["val_loss"]}
@@ -243,6 +246,11 @@ class _Attempt:
             f"PYTHONPATH=. python {ENTRY} --config {out}/config.json --out {out} "
             f"--manifest {self.dataset.folder}/manifest.json{teacher} --threads {self.threads}"
         )
+
+
+def _is_oom(error: Exception) -> bool:
+    # torch's CPU allocator raises a plain RuntimeError
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _oom_reason(error: BaseException) -> str:

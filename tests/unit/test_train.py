@@ -193,11 +193,16 @@ def test_divergence_is_a_result_with_its_reason(tiny_runs, train, tmp_path):
     assert rows(out / "summary.csv")[0]["final_val"] != ""  # what it had before it diverged
 
 
-def test_running_out_of_memory_is_a_result_that_names_the_key(tiny_runs, train, tmp_path, monkeypatch):
-    def no_memory(self, **options):
-        raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+@pytest.mark.parametrize("where", ["__init__", "train_step"])
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("9 GiB"), MemoryError("9 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_running_out_of_memory_is_a_result_that_names_the_key(where, error, tiny_runs, train, tmp_path, monkeypatch):
+    def no_memory(self, *args, **options):
+        raise error
 
-    monkeypatch.setattr(Trainer, "train_step", no_memory)
+    monkeypatch.setattr(Trainer, where, no_memory)
     code, out = train(pick(tiny_runs, "ce"), tmp_path)
     status = json.loads((out / "status.json").read_text())
     assert code == 0 and status["status"] == "oom" and "train.micro_batch_tokens" in status["reason"]
@@ -288,3 +293,15 @@ def test_cuda_without_a_gpu_is_refused(tiny_runs, train, tmp_path):
     config = dataclasses.replace(pick(tiny_runs, "ce"), device="cuda")
     with pytest.raises(ConfigError, match="device: cuda is asked for"):
         train(config, tmp_path)
+
+
+def test_a_failure_keeps_nothing_of_an_earlier_result(kd_run, tiny_runs, train, teacher_folder, tmp_path, monkeypatch):
+    out = tmp_path / kd_run.name
+    shutil.copytree(kd_run, out)
+    monkeypatch.setattr(run_module, "source_hash", lambda entry: "another")  # so that it is trained again
+    monkeypatch.setattr(Trainer, "train_step", lambda self, **options: 1 / 0)
+    assert train(pick(tiny_runs, "kd"), tmp_path, teacher_folder, last_attempt=False)[0] == 1
+    assert not (out / "status.json").exists()
+    assert train(pick(tiny_runs, "kd"), tmp_path, teacher_folder)[0] == 0
+    assert json.loads((out / "status.json").read_text())["status"] == "failed"
+    assert list((out / "checkpoints").iterdir()) == [] and rows(out / "steps.csv") == []
