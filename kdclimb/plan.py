@@ -1,0 +1,313 @@
+"""What a campaign would run, before anything runs: runs, tokens, and the training time where results tell it.
+
+Runs that the decisions taken so far name are counted as they are; of the rest, the largest number that the config
+allows. No torch and no snakemake.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdclimb.analysis.budget import is_shared
+from kdclimb.analysis.selection import PROBE_COLUMNS
+from kdclimb.analysis.tables import AnalysisError, RunFolder, read_csv, show_ms
+from kdclimb.campaign import Campaign, Run, data_id, expand, grid_points, read_decisions
+from kdclimb.config import RunConfig
+from kdclimb.provenance import device_kind
+from kdclimb.schedule import batch_tokens
+
+HEADER = ("stage", "steps", "runs", "finished", "tokens a run", "tokens", "time", "time from")
+FINISHED, PROBE, CE_SPEED = "finished runs", "probes", "CE speed"
+SAME_SPEED = ("model", "device", "clock", "modelled_tflops")  # of a run's config
+HOUR_MS = 3_600_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Training time of one run in ms, and where it is from."""
+
+    ms: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The runs that are `named` so far, and those that may follow, at most (`later`)."""
+
+    named: list[Run]
+    later: list[Run]
+    undecided: tuple[str, ...]  # of: teacher, kd
+
+
+def plan(campaign: Campaign, root: Path, results: Path) -> str:
+    """The text that `python -m kdclimb plan` prints.
+
+    `root` is the project folder, `results` the folder that holds runs/ and <campaign>/. Raises AnalysisError where a
+    decision or probe.csv can't be read; run folders that can't be read are left out, and the text says so.
+    """
+    data = data_id(campaign, root)
+    decisions = _read_decisions(results / campaign.campaign)
+    planned = what_runs(campaign, decisions, data)
+    finished, unreadable = finished_runs(results)
+    timing = Timing(campaign, planned, finished, results)
+    lines = [
+        f"campaign {campaign.campaign}{' (exploratory)' if campaign.exploratory else ''}: device {campaign.device}, "
+        f"clock {_clock(campaign)}, data {data}"
+    ]
+    lines += ["", "Named so far:", *timing.table(planned.named)]
+    if planned.later:
+        lines += ["", "After that, at most:", *timing.table(planned.later)]
+    lines += ["", "All together" + (", at most: " if planned.later else ": ") + timing.total(planned)]
+    lines += [_undecided(campaign, planned), *timing.notes()]
+    if unreadable:
+        lines.append(f"Run folders left out, since unreadable: {len(unreadable)}; the first: {unreadable[0]}")
+    return "\n".join(lines)
+
+
+def _clock(campaign: Campaign) -> str:
+    budget = campaign.budget
+    return f"modelled at {budget.modelled_tflops:g} TFLOP/s" if budget.clock == "modelled" else budget.clock
+
+
+def _read_decisions(folder: Path) -> dict:
+    try:
+        decisions = read_decisions(folder)
+    except (OSError, ValueError) as error:
+        raise AnalysisError(f"{folder}: a decision can't be read: {error}") from error
+    for name, decision in decisions.items():
+        if not isinstance(decision, dict):
+            raise AnalysisError(f"{folder}: the decision {name} is not a JSON object")
+        for key, kind in (("survivors", list), ("rejected", dict), ("points", list)):
+            if not isinstance(decision.get(key, kind()), kind):
+                raise AnalysisError(f"{folder}: the decision {name} has no {kind.__name__} of {key}")
+    return decisions
+
+
+# ---- what runs ----------------------------------------------------------------------------------
+
+
+def what_runs(campaign: Campaign, decisions: dict, data: str) -> Planned:
+    """Split the campaign's runs by what has been decided. A decision about something else than the config counts as
+    not taken, since it will be taken again. Pure.
+    """
+    taken = _taken(campaign, decisions, data)
+    named = expand(campaign, taken, data)
+    largest = _largest(campaign, taken, data)
+    known = {(run.arm, run.run_id) for run in named}
+    later = [run for run in expand(campaign, largest, data) if (run.arm, run.run_id) not in known]
+    undecided = [] if "projected" in taken else ["teacher"]
+    if _kd_may_follow(largest) and "promoted" not in taken:
+        undecided.append("kd")
+    return Planned(named, later, tuple(undecided))
+
+
+def _taken(campaign: Campaign, decisions: dict, data: str) -> dict:
+    """The decisions that speak of what the config holds, up to the first that doesn't."""
+    taken, projected = {}, decisions.get("projected")
+    if projected is None or _spoken_of(projected) != {c.name for c in campaign.teacher.candidates}:
+        return taken
+    taken["projected"] = projected
+    if "selected" not in decisions:
+        return taken
+    teachers = {run.run_id for run in expand(campaign, taken, data) if run.arm == "teacher"}
+    if decisions["selected"].get("run_id") not in teachers | {None}:
+        return taken
+    taken["selected"] = decisions["selected"]
+    points, promoted = {point.name for point in grid_points(campaign.kd.grid)}, decisions.get("promoted", {})
+    chosen = promoted.get("points")
+    if chosen is not None and points.issuperset(chosen) and len(chosen) <= campaign.kd.promote:
+        taken["promoted"] = promoted
+    return taken
+
+
+def _spoken_of(projected: dict) -> set[str]:
+    return {*projected.get("survivors", ()), *projected.get("rejected", ())}
+
+
+def _largest(campaign: Campaign, taken: dict, data: str) -> dict:
+    """`taken`, and for what is open the decisions that lead to the most runs. Which teacher is chosen changes none of
+    their numbers.
+    """
+    decisions = {"projected": {"survivors": [c.name for c in campaign.teacher.candidates]}} | taken
+    teachers = [run.run_id for run in expand(campaign, decisions, data) if run.arm == "teacher"]
+    decisions = {"selected": {"run_id": teachers[0] if teachers else None}} | decisions
+    return {"promoted": {"points": _costliest_points(campaign)}} | decisions
+
+
+def _costliest_points(campaign: Campaign) -> list[str]:
+    """As many points as may be promoted, those first that bring a control of their own: equal boosts share one."""
+    first, rest, seen = [], [], {None}
+    for point in grid_points(campaign.kd.grid):
+        (rest if point.lr_boost in seen else first).append(point.name)
+        seen.add(point.lr_boost)
+    return (first + rest)[: campaign.kd.promote]
+
+
+def _kd_may_follow(largest: dict) -> bool:
+    return largest["selected"].get("run_id") is not None
+
+
+def _undecided(campaign: Campaign, planned: Planned) -> str:
+    """The line that says what is still open, with the largest numbers."""
+    later = {}
+    for run in planned.later:
+        later.setdefault(run.arm, set()).add(run.run_id)
+    count = {arm: len(ids) for arm, ids in later.items()}
+    parts = []
+    if "teacher" in planned.undecided:
+        parts.append(f"teachers, after the filter: at most {count['teacher']}, if all candidates survive it")
+    if "kd" in planned.undecided:
+        screen = f"{count['screen']} grid points, " if "screen" in count else ""
+        after = "the selection" if screen else "the screening"
+        full, seeds = count["kd"], len(campaign.train.seeds)
+        boosted, random = count.get("control_boost", 0), count["control_random"]
+        parts.append(
+            f"KD, after {after}: at most {screen}{full // seeds} promoted x {seeds} seeds = {full} full runs, "
+            f"{boosted + random} controls ({boosted} boost without KD, {random} random teacher)"
+        )
+    return f"Not decided yet: {'; '.join(parts)}." if parts else "All is decided."
+
+
+# ---- tokens and time ----------------------------------------------------------------------------
+
+
+def run_tokens(config: RunConfig) -> int:
+    """Training tokens of a run."""
+    return sum(batch_tokens(config.schedule, step) for step in range(config.schedule.stop_step))
+
+
+def finished_runs(results: Path) -> tuple[dict[str, RunFolder], list[str]]:
+    """{run id: run} of all finished runs, however they ended, and one message for each folder that can't be read."""
+    runs, unreadable = {}, []
+    for status in sorted(results.glob("runs/*/status.json")):
+        try:
+            run = RunFolder.read(f"any|any|{status.parent}")
+        except AnalysisError as error:
+            unreadable.append(str(error))
+        else:
+            runs[run.run_id] = run
+    return runs, unreadable
+
+
+def _distinct(runs: Iterable[Run]) -> dict[str, Run]:
+    return {run.run_id: run for run in runs}
+
+
+def this_device_kind(device: str) -> str | None:
+    """The name that runs on this machine are recorded under; None where it has no such device."""
+    if device == "cpu":
+        return device_kind(device)
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]  # torch would name it too, after seconds
+    listed = subprocess.run(command, capture_output=True, text=True)
+    return listed.stdout.splitlines()[0].strip() if listed.returncode == 0 and listed.stdout.strip() else None
+
+
+class Timing:
+    """Estimates from finished runs, and the tables that show them."""
+
+    def __init__(self, campaign: Campaign, planned: Planned, finished: dict[str, RunFolder], results: Path):
+        self.finished = finished
+        self.modelled = campaign.budget.clock == "modelled"
+        self.kind = None if self.modelled else this_device_kind(campaign.device)
+        self.projected = _projected(results / campaign.campaign / "teacher/probe.csv", planned.named)
+        self.student = next(run.config for run in planned.named if run.arm == "ce")
+        self.ms_per_token = _ce_speed(self.student, finished.values(), self.kind)
+        runs = _distinct([*planned.named, *planned.later])
+        arms = {run_id: run.arm for run_id, run in runs.items()}
+        self.estimates = {run_id: self._estimate(arms[run_id], run) for run_id, run in runs.items()}
+        self.tokens = {run_id: run_tokens(run.config) for run_id, run in runs.items()}
+
+    def _estimate(self, arm: str, run: Run) -> Estimate | None:
+        if run.run_id in self.finished:
+            return Estimate(self.finished[run.run_id].summary["train_time_ms"] or 0.0, FINISHED)
+        if arm == "teacher" and run.label in self.projected:
+            return Estimate(self.projected[run.label], PROBE)
+        if run.config.model != self.student.model or self.ms_per_token is None:
+            return None
+        return Estimate(self.ms_per_token * run_tokens(run.config), CE_SPEED)
+
+    def table(self, runs: list[Run]) -> list[str]:
+        """One line for each stage and number of steps. A time needs all of its runs' times."""
+        groups: dict = {}
+        for run in runs:
+            shape = (run.arm, run.config.schedule.stop_step, self.tokens[run.run_id])
+            groups.setdefault(shape, {})[run.run_id] = run
+        rows = [HEADER]
+        for (arm, steps, tokens), group in groups.items():
+            time, source = self._time(group)
+            done = sum(run_id in self.finished for run_id in group)
+            numbers = (steps, len(group), done, tokens, tokens * len(group))
+            rows.append((arm, *(f"{number:,}" for number in numbers), time, source))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+        return [_line(row, widths) for row in rows]
+
+    def _time(self, ids: Iterable[str]) -> tuple[str, str]:
+        estimates = [self.estimates[run_id] for run_id in ids]
+        if None in estimates:
+            return "-", ""
+        sources = ", ".join(dict.fromkeys(estimate.source for estimate in estimates))
+        return show_time(sum(estimate.ms for estimate in estimates)), sources
+
+    def total(self, planned: Planned) -> str:
+        """Runs, tokens and time of everything; a run that several stages ask for counts once."""
+        asked = [*planned.named, *planned.later]
+        ids = _distinct(asked)
+        known = [self.estimates[run_id].ms for run_id in ids if self.estimates[run_id] is not None]
+        done = sum(run_id in self.finished for run_id in ids)
+        text = f"{len(ids):,} runs ({done:,} finished), {sum(self.tokens[run_id] for run_id in ids):,} tokens, time "
+        text += show_time(sum(known)) if known else "-"
+        if known and len(known) < len(ids):
+            text += f" for {len(known):,} of them"
+        if len(ids) < len(asked):
+            text += f"; {len(asked) - len(ids):,} asked for by two stages, trained once"
+        return text + "."
+
+    def notes(self) -> list[str]:
+        what = "charged by FLOPs" if self.modelled else "without compilation, validation and checkpoints"
+        lines = [f"Time is train_time_ms: training alone, {what}."]
+        if self.ms_per_token is not None:
+            on = f" on {self.kind}" if self.kind else ""
+            speed = f"{self.ms_per_token * 1000:.3g} ms per 1,000 tokens{on}"
+            lines.append(f"{CE_SPEED}: {speed}; while KD is active, a run takes longer than that.")
+        return lines
+
+
+def _line(row: tuple[str, ...], widths: list[int]) -> str:
+    words = (0, len(row) - 1)
+    cells = [f"{c:{w}}" if i in words else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+    return "  ".join(["", *cells]).rstrip()
+
+
+def _projected(probe: Path, named: list[Run]) -> dict[str, float]:
+    """{candidate: projected ms}, from the probes of exactly these candidates."""
+    if not probe.is_file():
+        return {}
+    probes = {run.run_id for run in named if run.arm == "probe"}
+    rows = [row for row in read_csv(probe, PROBE_COLUMNS) if row["run_id"] in probes]
+    return {row["candidate"]: row["projected_ms"] for row in rows if row["projected_ms"] is not None}
+
+
+def _ce_speed(student: RunConfig, runs: Iterable[RunFolder], kind: str | None) -> float | None:
+    """Milliseconds per token of all finished CE runs that trained this student under this clock on this kind of device.
+
+    None where there is none. Without a `kind` (a modelled clock, or a plan for a GPU that is not here), any counts.
+    """
+    times, tokens = 0.0, 0
+    for run in runs:
+        config, row = run.config, run.summary
+        same = all(getattr(config, key) == getattr(student, key) for key in SAME_SPEED)
+        timed = run.ok and config.kd is None and row["tokens"] and row["train_time_ms"] is not None
+        if same and timed and not is_shared(row) and (kind is None or row["device"] == kind):
+            times, tokens = times + row["train_time_ms"], tokens + row["tokens"]
+    return times / tokens if tokens else None
+
+
+def show_time(ms: float) -> str:
+    """A time in words, in hours from two hours on."""
+    return f"{ms / HOUR_MS:,.1f} h" if ms >= 2 * HOUR_MS else show_ms(ms)
