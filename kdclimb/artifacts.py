@@ -150,6 +150,12 @@ class DeviceLease:
             self.refused = True
             self.contended.touch()
 
+    def __enter__(self) -> DeviceLease:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.file.close()
+
     def shared(self) -> bool:
         return self.refused or (self.contended.exists() and self.contended.stat().st_mtime >= self.start)
 

@@ -125,24 +125,29 @@ class _Attempt:
         out = self.folder.path
         (out / "status.json").unlink(missing_ok=True)  # an earlier result, of other code or data
         attempts = self.folder.count_attempt()
-        stop = _StopRequests()
-        lease = DeviceLease(self.key["device"])
-        log_path = out / "train.log"
+        with DeviceLease(self.key["device"]) as lease:
+            status, reason = self._log(attempts)
+            shared = lease.shared()
+        if status == "interrupted":
+            return EXIT_INTERRUPTED
+        if status == "failed" and not last_attempt:
+            return 1
+        self._write(status, reason, attempts, shared)
+        return 0
+
+    def _log(self, attempts: int) -> tuple[str, str | None]:
+        """Train with train.log open; the status and its reason."""
+        log_path = self.folder.path / "train.log"
         new = not log_path.is_file() or log_path.stat().st_size == 0
         with log_path.open("a") as log:
             progress = Progress(self.config.run_id, log, self.config.schedule.stop_step)
             if new:
                 print(self._command(), file=log)
             print(f"attempt {attempts}: {json.dumps(self.key)} {json.dumps(versions())}", file=log, flush=True)
-            status, reason = self._train(stop, progress)
+            status, reason = self._train(_StopRequests(), progress)
             progress.report(f"{status}{': ' + reason if reason else ''}")
             progress.bar.close()
-        if status == "interrupted":
-            return EXIT_INTERRUPTED
-        if status == "failed" and not last_attempt:
-            return 1
-        self._write(status, reason, attempts, lease.shared())
-        return 0
+        return status, reason
 
     def _train(self, stop: _StopRequests, progress: Progress) -> tuple[str, str | None]:
         try:

@@ -264,14 +264,24 @@ def test_warm_up_changes_nothing(tiny_runs, train, tmp_path):
 
 def test_two_runs_at_once_mark_each_other(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module.DeviceLease.__init__.__globals__["tempfile"], "gettempdir", lambda: str(tmp_path))
-    first = run_module.DeviceLease("cpu test")
-    assert not first.shared()
-    second = run_module.DeviceLease("cpu test")
-    assert first.shared() and second.shared()
-    first.file.close()
-    second.file.close()
-    third = run_module.DeviceLease("cpu test")
-    assert not third.shared()
+    with run_module.DeviceLease("cpu test") as first:
+        assert not first.shared()
+        with run_module.DeviceLease("cpu test") as second:
+            assert first.shared() and second.shared()
+    with run_module.DeviceLease("cpu test") as third:
+        assert not third.shared()
+
+
+def test_a_finished_run_leaves_the_device_however_it_ends(tiny_runs, train, tmp_path, monkeypatch):
+    error = torch.OutOfMemoryError("kept, with its traceback and all that its frames hold")
+
+    def fail(self, **options):
+        raise error
+
+    monkeypatch.setattr(Trainer, "train_step", fail)
+    _, out = train(pick(tiny_runs, "ce"), tmp_path)
+    with run_module.DeviceLease(json.loads((out / "status.json").read_text())["device"]) as lease:
+        assert not lease.refused
 
 
 def test_a_folder_is_held_by_one_process(tmp_path):
