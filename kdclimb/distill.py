@@ -26,7 +26,7 @@ class KDController:
     def active(self) -> bool:
         return self.stop_step is None
 
-    def loss(self, hidden: Tensor, student: GPT, batch: Batch) -> DistillLoss:
+    def loss(self, hidden: Tensor, student: GPT, batch: Batch, *, measure_share: bool = False) -> DistillLoss:
         """The training loss while KD is active. With `infer_only` the teacher runs and its answer is dropped."""
         target = teacher_target(self.teacher, batch)
         if self.config.infer_only:
@@ -41,6 +41,7 @@ class KDController:
             temperature=self.config.temperature,
             student_softcap=student.softcap,
             norm=self.norm,
+            measure_share=measure_share,
         )
 
     def observe(self, step: int, val_loss: float) -> bool:

@@ -199,7 +199,7 @@ class _Attempt:
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
             "attempts": attempts,
             "attention": self.backend,
-            "kernel": "torch",
+            "kernel": None if trainer is None else trainer.kernel,
             "device": self.key["device"],
             "threads": self.threads,
             "shared_device": shared,

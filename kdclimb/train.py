@@ -29,6 +29,7 @@ from kdclimb.optim import Optimizers
 from kdclimb.teacher import checkpoint_facts, load_teacher, random_teacher
 
 WARMUP_STEPS = 2
+SHARE_EVERY = 10  # steps between two measurements of kd_share, which takes a little more than the loss alone
 
 
 class Diverged(RuntimeError):
@@ -50,6 +51,7 @@ class Trainer:
         self.val_batches = dataset.val_batches(
             config.validation.tokens, sched.micro_batch_tokens, sched.max_doc_tokens, self.device
         )
+        self.kernel: str | None = None  # the loss's implementation, known once it ran
         self.teacher_folder = teacher_folder
         self.teacher = None if config.kd is None else self._load_teacher()
         self.reset()
@@ -111,16 +113,18 @@ class Trainer:
         num_tokens = schedule.batch_tokens(sched, self.step)
         num_micro = num_tokens // sched.micro_batch_tokens
         losses = []
-        for _ in range(num_micro):
+        measure_share = self.step % SHARE_EVERY == 0
+        for micro in range(num_micro):
             batch = self.stream.next_batch(sched.micro_batch_tokens, self.device)
             hidden = self.model(batch.inputs, batch.documents)
             if kd_on:
-                loss = self.kd.loss(hidden, self.model, batch)
+                loss = self.kd.loss(hidden, self.model, batch, measure_share=measure_share and micro == 0)
             else:
                 head = self.model.head_weight
                 loss = distill_loss(hidden, head, None, batch.labels, student_softcap=self.model.softcap)
             (loss.total / num_micro).backward()
             losses.append(loss)
+        self.kernel = losses[0].implementation
         stop_step = self.kd.stop_step if self.kd else None
         mult = schedule.lr_mult(sched, self.config.kd, self.step, stop_step)
         grad_norm = self.optimizers.grad_norm()
@@ -135,7 +139,9 @@ class Trainer:
         if self.kd is not None:
             row["kd_active"] = int(kd_on)
             if kd_on and not self.config.kd.infer_only:
-                row |= {"loss_soft": mean("soft"), "kd_norm": mean("norm_factor"), "kd_share": mean("kd_share")}
+                row |= {"loss_soft": mean("soft"), "kd_norm": mean("norm_factor")}
+                if measure_share:
+                    row["kd_share"] = losses[0].kd_share.item()
         return row
 
     def validate(self, progress) -> None:

@@ -1,106 +1,252 @@
-"""Hard CE + exact KL in plain torch, chunk by chunk, with the gradients made in the forward pass.
+"""The loss chunk by chunk, with the gradients made in the forward pass, as one operator of torch.
 
-No (T, V) tensor is held: a chunk's logits are turned into their own gradient in place, multiplied
-into dh and dW, and dropped. With z the capped logits, p = softmax(z), p_T = softmax(z/T), q the
-teacher's softmax at T, and y the one-hot label, a token's gradient on the raw logits is
-    cap'(z) * [hard_weight * (p - y) + soft_weight * T * (p_T - q)] / N
-where cap'(z) = z * (1 - z/a) / c needs only the capped value.
+No (T, V) tensor is held: a chunk's logits are turned into their own gradient in place, multiplied into dh and dW, and
+dropped. With z the capped logits, p = softmax(z), p_T = softmax(z/T), q the teacher's softmax at T, y the one-hot label
+and N the tokens that count, a token's gradient on the raw logits is
+    cap'(z) * [hard_weight * (p - y) + soft_weight * norm * T * (p_T - q)] / N
+Here are the loop over the chunks, the matrix products behind the logits, the normalisation, and the operator; what
+happens inside a chunk is in `torch_chunk.py` and `fused.py`. As an operator it is opaque to torch.compile, so it breaks
+no graph, and it never waits for the device.
 """
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
+from torch import Tensor
 
-from kdclimb.kernels.reference import cap
+from kdclimb.kernels import fused, torch_chunk
+from kdclimb.kernels.targets import DenseTeacher, Entries, Labels, Problem, Softcap
+
+# Memory for both sides' logits of one chunk. On a CPU what its caches hold; on a GPU where the matrix products reach
+# the speed of large ones (docs/KERNELS.md has the measurement).
+LOGITS_MIB = {"cpu": 4, "cuda": 1600}
 
 
-def chunk_tokens(vocab: int, device: torch.device) -> int:
-    """Rows a chunk. On a CPU 2 MiB of fp32 logits, which its caches hold; on a GPU 0.5 GiB."""
-    elements = 2**19 if device.type == "cpu" else 2**27
-    return max(64, elements // vocab)
+def chunk_tokens(tokens: int, vocab: int, bytes_per_logit: int, logits_mib: int) -> int:
+    """Rows a chunk: as many as both sides' logits fit `logits_mib`, then evened out over the chunks, in 128s."""
+    most = max(64, logits_mib * 2**20 // (2 * bytes_per_logit * vocab))
+    if tokens <= most:
+        return max(tokens, 1)
+    if most < 128:
+        return most
+    chunks = -(-tokens // most)
+    return min(-(-tokens // (chunks * 128)) * 128, most // 128 * 128)
 
 
-def evaluate(student_hidden, student_head, target, labels, hard_weight, soft_weight, **options):
-    """(total, hard, soft, kd_share); gradients of total are right for any grad_output."""
-    teacher = (None, None, None) if target is None else (target.hidden, target.head, target.softcap)
-    need_grad = torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad)
-    return _ChunkedLoss.apply(
-        student_hidden, student_head, *teacher, labels, hard_weight, soft_weight, need_grad, options
+def norm_ratio(hard: Tensor, soft: Tensor, floor: float, largest: float) -> Tensor:
+    return (hard / soft.clamp_min(floor)).clamp_max(largest)
+
+
+def evaluate(
+    hidden: Tensor,
+    head: Tensor,
+    target: DenseTeacher | Entries | None,
+    labels: Labels,
+    *,
+    weights: tuple[float, float],
+    factor: Tensor,
+    norm: tuple[str, float, float],
+    temperature: float,
+    softcap: Softcap | None,
+    needs_mask: bool,
+    measure_share: bool,
+    implementation: str,
+    head_dtype: str,
+    logits_mib: int | None,
+) -> tuple[Tensor, ...]:
+    """(total, hard, soft, factor, kd_share); the gradients of total are right for any grad_output."""
+    dense = (target.hidden, target.head) if isinstance(target, DenseTeacher) else (None, None)
+    sparse = (None,) * 4
+    if isinstance(target, Entries):
+        sparse = (target.ids, target.probs, target.rest, target.constant)
+    total, *others, _, _ = _operator(
+        hidden,
+        head,
+        *dense,
+        *sparse,
+        labels.ids,
+        labels.weights,
+        labels.keep,
+        labels.hard_count,
+        labels.soft_count,
+        factor,
+        *weights,
+        *norm,
+        temperature,
+        _flat(softcap),
+        _flat(target.softcap if isinstance(target, DenseTeacher) else None),
+        needs_mask,
+        torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad),
+        measure_share,
+        implementation,
+        head_dtype,
+        LOGITS_MIB[hidden.device.type] if logits_mib is None else logits_mib,
     )
+    return total, *(other.detach() for other in others)
 
 
-class _ChunkedLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, head, t_hidden, t_head, t_softcap, labels, hard_weight, soft_weight, need_grad, options):
-        compute = torch.promote_types(hidden.dtype, torch.float32)
-        weight = head.to(hidden.dtype)
-        valid = labels != options["ignore_index"]
-        count = valid.sum().clamp_min(1).to(compute)
-        grad_hidden = torch.empty_like(hidden) if need_grad else None
-        grad_head = torch.zeros(head.shape, dtype=compute, device=head.device) if need_grad else None
-        hard_sum = torch.zeros((), dtype=compute, device=hidden.device)
-        soft_sum, share = torch.zeros_like(hard_sum), torch.zeros_like(hard_sum)
-        size = chunk_tokens(head.shape[0], hidden.device)
-        for start in range(0, hidden.shape[0], size):
-            rows = slice(start, start + size)
-            teacher = None
-            if t_hidden is not None:
-                teacher = cap((t_hidden[rows] @ t_head.to(t_hidden.dtype).T).to(compute), t_softcap)
-            chunk = _Chunk(hidden[rows], weight, teacher, labels[rows], valid[rows], compute, options)
-            hard_sum += chunk.hard
-            soft_sum += chunk.soft
-            if need_grad:
-                grad, chunk_share = chunk.gradient(hard_weight, soft_weight, measure_share=start == 0)
-                grad = grad.div_(count).to(hidden.dtype)
-                torch.mm(grad, weight, out=grad_hidden[rows])
-                grad_head.add_(grad.T @ hidden[rows])
-                share += chunk_share
-        hard, soft = hard_sum / count, soft_sum / count
-        total = hard_weight * hard + soft_weight * soft
+def _flat(softcap: Softcap | None) -> list[float]:
+    return [] if softcap is None else [softcap.a, softcap.b, softcap.c]
+
+
+@torch.library.custom_op("kdclimb::distill_loss", mutates_args=())
+def _operator(
+    hidden: Tensor,
+    head: Tensor,
+    teacher_hidden: Optional[Tensor],  # noqa: UP045 (torch reads these annotations)
+    teacher_head: Optional[Tensor],  # noqa: UP045
+    ids: Optional[Tensor],  # noqa: UP045
+    probs: Optional[Tensor],  # noqa: UP045
+    rest: Optional[Tensor],  # noqa: UP045
+    constant: Optional[Tensor],  # noqa: UP045
+    label_ids: Tensor,
+    label_weights: Tensor,
+    keep: Tensor,
+    hard_count: Tensor,
+    soft_count: Tensor,
+    factor: Tensor,
+    hard_weight: float,
+    soft_weight: float,
+    norm: str,
+    norm_floor: float,
+    norm_largest: float,
+    temperature: float,
+    softcap: list[float],
+    teacher_softcap: list[float],
+    needs_mask: bool,
+    need_grad: bool,
+    measure_share: bool,
+    implementation: str,
+    head_dtype: str,
+    logits_mib: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    weight = head.to(hidden.dtype)
+    problem = Problem(
+        hidden,
+        weight,
+        teacher_hidden,
+        None if teacher_head is None else teacher_head.to(hidden.dtype),
+        None if ids is None else Entries(ids, probs, rest, constant),
+        Labels(label_ids, label_weights, keep, hard_count, soft_count),
+        temperature,
+        Softcap(*softcap) if softcap else None,
+        Softcap(*teacher_softcap) if teacher_softcap else None,
+        needs_mask,
+    )
+    bytes_per_logit = 2 if implementation == "triton" else wide.itemsize
+    size = chunk_tokens(len(hidden), len(head), bytes_per_logit, logits_mib)
+    exact = norm == "exact" and need_grad  # its factor is known after the last chunk, so the two sums stay apart
+    if implementation == "triton":
+        chunks = fused.TritonChunks(problem, size, head_dtype, two_gradients=exact or measure_share)
+    else:
+        chunks = torch_chunk.TorchChunks(problem, wide)
+    sums = GradientSums(hidden, weight, wide, 2 if exact else 1) if need_grad else None
+    hard, soft = (torch.zeros(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))
+    hard_count, soft_count = hard_count.to(wide), soft_count.to(wide)
+    hard_scale, soft_scale = hard_weight / hard_count, soft_weight / soft_count
+    scaled_soft = torch.zeros_like(hard_scale)
+    norms = [scaled_soft, scaled_soft]
+    for start in range(0, len(hidden), size):
+        rows = slice(start, min(start + size, len(hidden)))
+        chunks.load(rows)
+        if norm == "chunk" or not need_grad:
+            chunks.losses(hard[rows], soft[rows])
+        if norm == "chunk":
+            factor = norm_ratio(*_chunk_means(hard[rows], soft[rows], problem.labels, rows), norm_floor, norm_largest)
+            scaled_soft = scaled_soft + factor * soft[rows].sum()
         if need_grad:
-            ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
-        ctx.mark_non_differentiable(hard, soft, share)
-        return total, hard, soft, share
+            first = measure_share and start == 0
+            scale = soft_scale if exact else soft_scale * factor
+            parts = chunks.gradients(hard[rows], soft[rows], hard_scale, scale, apart=exact or first)
+            products = sums.add(rows, parts)
+            norms = [product.to(wide).norm() for product in products] if first else norms
+    hard, soft = hard.sum() / hard_count, soft.sum() / soft_count
+    if norm == "exact":
+        factor = norm_ratio(hard, soft, norm_floor, norm_largest)
+    elif norm == "chunk":
+        factor = torch.where(soft > 0, scaled_soft / soft_count / soft, 1.0)
+    factor = factor.to(wide, copy=True)
+    soft_norm = norms[1] * factor if exact else norms[1]
+    share = soft_norm / (norms[0] + soft_norm)  # nan, 0 / 0, where it was not asked for
+    total = hard_weight * hard + soft_weight * factor * soft
+    if not need_grad:
+        return total, hard, soft, factor, share, hidden.new_empty(0), hidden.new_empty(0)
+    return total, hard, soft, factor, share, *sums.combined(factor)
 
-    @staticmethod
-    def backward(ctx, grad_total, *_):
-        grad_hidden, grad_head = ctx.saved_tensors
-        return (grad_hidden * grad_total, grad_head * grad_total, *(None,) * 8)
+
+def _chunk_means(hard: Tensor, soft: Tensor, labels: Labels, rows: slice) -> tuple[Tensor, Tensor]:
+    hard_count = (labels.weights[rows] != 0).any(dim=1).sum().clamp_min(1)
+    return hard.sum() / hard_count, soft.sum() / labels.keep[rows].sum().clamp_min(1)
 
 
-class _Chunk:
-    """The capped logits of some rows, their summed losses, and the gradient on the raw logits."""
+class GradientSums:
+    """dh (T, d) in the hidden states' dtype and dW (V, d) in `wide`; two of each where hard and soft stay apart."""
 
-    def __init__(self, hidden, weight, teacher, labels, valid, compute, options):
-        self.temperature, self.softcap, self.valid = options["temperature"], options["student_softcap"], valid
-        self.labels = torch.where(valid, labels, 0)[:, None]
-        self.z = cap((hidden @ weight.T).to(compute), self.softcap)
-        self.log_norm = torch.logsumexp(self.z, dim=-1, keepdim=True)
-        hard = self.log_norm - self.z.gather(1, self.labels)
-        self.hard = (hard.squeeze(1) * valid).sum()
-        self.teacher, self.soft = None, torch.zeros_like(self.hard)
-        if teacher is not None:
-            tau = self.temperature
-            self.log_norm_tau = self.log_norm if tau == 1 else torch.logsumexp(self.z / tau, dim=-1, keepdim=True)
-            teacher_log_norm = torch.logsumexp(teacher / tau, dim=-1)
-            self.teacher = torch.exp(teacher / tau - teacher_log_norm[:, None])
-            # KL without log q: sum_v q_v (z'_v - z_v) / T - lse(z'/T) + lse(z/T)
-            difference = torch.linalg.vecdot(self.teacher, teacher - self.z)
-            kl = difference / tau - teacher_log_norm + self.log_norm_tau.squeeze(1)
-            self.soft = tau**2 * (kl * valid).sum()
+    def __init__(self, hidden: Tensor, weight: Tensor, wide: torch.dtype, parts: int):
+        self.hidden, self.weight = hidden, weight
+        self.dh = [torch.empty_like(hidden) for _ in range(parts)]
+        self.dw = [torch.empty(weight.shape, dtype=wide, device=weight.device) for _ in range(parts)]
+        self.begun = [False] * parts
 
-    def gradient(self, hard_weight, soft_weight, measure_share):
-        tau = self.temperature
-        slope = 1.0 if self.softcap is None else self.z * (1 - self.z / self.softcap.a) / self.softcap.c
-        p = torch.exp(self.z - self.log_norm)
-        soft = None
-        if self.teacher is not None:
-            p_tau = p if tau == 1 else torch.exp(self.z / tau - self.log_norm_tau)
-            soft = self.teacher.neg_().add_(p_tau).mul_(soft_weight * tau)
-        hard = p.scatter_add_(1, self.labels, torch.full_like(p[:, :1], -1.0)).mul_(hard_weight)
-        share = torch.zeros_like(self.hard)
-        if soft is not None and measure_share:
-            soft_norm, hard_norm = ((g * slope * self.valid[:, None]).norm() for g in (soft, hard))
-            share = soft_norm / (soft_norm + hard_norm).clamp_min(1e-30)
-        grad = hard if soft is None else hard.add_(soft)
-        return grad.mul_(slope).mul_(self.valid[:, None]), share
+    def add(self, rows: slice, parts: list[Tensor]) -> list[Tensor]:
+        """Add a chunk's gradients on the logits, [both] or [hard, soft]; the dh of each."""
+        products = []
+        for i, grad in enumerate(parts):
+            in_place = len(parts) == len(self.dh)
+            dh = self.dh[i][rows] if in_place else torch.empty_like(self.dh[0][rows])
+            products.append(torch.mm(grad, self.weight, out=dh))
+            of = min(i, len(self.dw) - 1)
+            _add_product(self.dw[of], grad.T, self.hidden[rows], fresh=not self.begun[of])
+            self.begun[of] = True
+        if not in_place:
+            torch.add(*products, out=self.dh[0][rows])
+        return products
+
+    def combined(self, factor: Tensor) -> tuple[Tensor, Tensor]:
+        if len(self.dh) > 1:
+            self.dh[0].add_((self.dh[1] * factor).to(self.dh[0].dtype))
+            self.dw[0].addcmul_(self.dw[1], factor)
+        return self.dh[0], self.dw[0]
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
+    """total += a @ b, or = if `fresh`, added up in total's dtype."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=0 if fresh else 1, out=total)
+    elif a.is_cuda and fresh:
+        torch.mm(a, b, out_dtype=total.dtype, out=total)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif fresh:
+        total.copy_(a @ b)
+    else:
+        total.add_(a @ b)
+
+
+@_operator.register_fake
+def _(hidden, head, *arguments):
+    need_grad = arguments[-5]
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    scalars = [hidden.new_empty((), dtype=wide) for _ in range(5)]
+    if not need_grad:
+        return *scalars, hidden.new_empty(0), hidden.new_empty(0)
+    return *scalars, torch.empty_like(hidden), torch.empty_like(head, dtype=wide)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(output[5], output[6])
+    ctx.head_dtype, ctx.num_inputs = inputs[1].dtype, len(inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_total, *_):
+    grad_hidden, grad_head = ctx.saved_tensors
+    scaled = torch.empty_like(grad_head, dtype=ctx.head_dtype)
+    torch.mul(grad_head, grad_total, out=scaled)
+    return (grad_hidden * grad_total, scaled, *(None,) * (ctx.num_inputs - 2))
+
+
+_operator.register_autograd(_backward, setup_context=_save)

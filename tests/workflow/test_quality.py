@@ -38,7 +38,9 @@ def test_snakefile_is_short():
     assert len((ROOT / "Snakefile").read_text().splitlines()) < 60
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/DESIGN.md", "docs/METHODS.md", "docs/LOG.md", "data/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/DESIGN.md", "docs/METHODS.md", "docs/KERNELS.md", "docs/LOG.md", "data/README.md"]
+)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text())
     assert [link for link in links if "://" not in link and not ((ROOT / page).parent / link).exists()] == []
