@@ -1,8 +1,18 @@
-"""Order of the tests: what fails fastest comes first."""
+"""Order of the tests, what fails fastest first; and where Triton's kernels run: on the GPU under -m gpu, else in its
+interpreter.
+"""
+
+import os
+import sys
 
 import pytest
 
 FOLDERS = ("unit", "workflow")  # then all others
+
+
+# Triton reads this once, when it is imported: by another conftest.py or by tests/gpu, and so before any hook is called.
+if "gpu" not in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items):
@@ -10,9 +20,11 @@ def pytest_collection_modifyitems(items):
     if gpu:
         import torch
 
-        if not torch.cuda.is_available():
-            for item in gpu:
-                item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+        reason = "no CUDA GPU here"
+        if torch.cuda.is_available():
+            reason = "without -m gpu the kernels are interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else ""
+        for item in gpu if reason else ():
+            item.add_marker(pytest.mark.skip(reason=reason))
     items.sort(key=_place)  # stable: within a folder the order stays
 
 

@@ -60,7 +60,8 @@ def why_not(hidden: Tensor, head: Tensor, target, softcap: Softcap | None, tempe
 class TritonChunks:
     """load(rows), then losses() or gradients(), as in `torch_chunk.TorchChunks`.
 
-    Holds two 16-bit buffers (size, V) for a dense teacher, else one, or two if hard and soft are asked for apart.
+    Holds two 16-bit buffers (size, V) for a dense teacher, else one. If hard and soft are asked for apart, the hard
+    gradient takes the place of the teacher's logits, or a buffer of its own where a mask moves them or there are none.
     """
 
     def __init__(self, problem: Problem, size: int, head_dtype: str, two_gradients: bool):
@@ -68,7 +69,9 @@ class TritonChunks:
         self.vocab, device = len(problem.head), problem.hidden.device
         self.padded = triton.cdiv(self.vocab, TILE) * TILE
         self.dense = problem.teacher_hidden is not None
-        buffers = 2 if self.dense or (two_gradients and problem.has_target) else 1
+        buffers = 2 if self.dense else 1
+        if two_gradients and problem.has_target and (problem.needs_mask or not self.dense):
+            buffers += 1
         self.logits = [torch.empty(size, self.padded, dtype=torch.uint16, device=device) for _ in range(buffers)]
         self.student = _Side(problem.hidden, problem.head, problem.softcap, head_dtype)
         if self.dense:
@@ -99,7 +102,7 @@ class TritonChunks:
         apart = apart and self.problem.has_target
         self._launch(hard, soft, hard_scale, soft_scale, write=2 if apart else 1)
         views = [logits[: self.size].view(torch.bfloat16)[:, : self.vocab] for logits in self.logits]
-        return [views[1], views[0]] if apart else views[:1]
+        return [views[-1], views[0]] if apart else views[:1]
 
     def _launch(self, hard, soft, hard_scale, soft_scale, write) -> None:
         problem, rows, tau = self.problem, self.rows, self.problem.temperature
@@ -113,6 +116,7 @@ class TritonChunks:
         cap, teacher_cap = problem.softcap, problem.teacher_softcap
         _gradient[(self.size,)](
             self.logits[0],
+            self.logits[1] if self.dense else self.logits[0],
             self.logits[-1],
             student.low,
             student.step,
@@ -374,7 +378,7 @@ if triton is not None:
 
     @triton.jit
     def _gradient(
-        student, teacher, low, step, teacher_low, teacher_step, log_norm, log_norm_tau, teacher_log_norm,
+        student, teacher, apart, low, step, teacher_low, teacher_step, log_norm, log_norm_tau, teacher_log_norm,
         slots, keep, label_ids, label_weights, entry_ids, entry_probs, entry_rest, entry_constant, hidden, head,
         hard_scale, soft_scale, hard_out, soft_out, size, vocab, padded, exponent, a, b, inverse_c,
         teacher_exponent, tau,
@@ -385,7 +389,7 @@ if triton is not None:
         TILE: tl.constexpr, FAST: tl.constexpr,
     ):  # fmt: skip
         # TARGET: 0 none, 1 dense, 2 sparse. WRITE: 0 losses only, 1 the gradient over the student's logits, 2 the soft
-        # one there and the hard one over the teacher's.
+        # one there and the hard one into `apart`.
         row = tl.program_id(0).to(tl.int64)
         student += row * padded
         inverse_tau = 1.0 / tau
@@ -490,7 +494,7 @@ if triton is not None:
                         _put(student + words, slope * (hard_part + soft_part), stored)
                     else:
                         _put(student + words, slope * soft_part, stored)
-                        _put(teacher + row * padded + words, slope * hard_part, stored)
+                        _put(apart + row * padded + words, slope * hard_part, stored)
             if TARGET == 1:
                 kl = (tl.sum(difference) * inverse_tau - teacher_norm + norm_tau) * LN2
                 tl.store(soft_out + row, tl.where(kept, tau * tau * kl, 0.0))
@@ -521,8 +525,8 @@ if triton is not None:
             if TEMPERED:
                 p_tau = tl.exp2(t_label * inverse_tau - norm_tau)
             changed = is_label & (own_weight != 0)
-            if TARGET == 1:
-                soft_part = soft_factor * (p_tau - q_label)
+            if TARGET == 1:  # where, not a product: without a kept token the teacher's side is not computed at all
+                soft_part = tl.where(kept, soft_factor * (p_tau - q_label), 0.0)
             elif TARGET == 2:
                 held = (label[:, None] == entry[None, :]) & is_entry[None, :]
                 q_here = tl.sum(tl.where(held, q_entry[None, :], 0.0), axis=1)
@@ -533,7 +537,7 @@ if triton is not None:
             if WRITE == 1:
                 _put(student + label, slope * (hard_part + soft_part), changed)
             else:
-                _put(teacher + row * padded + label, slope * hard_part, changed)
+                _put(apart + row * padded + label, slope * hard_part, changed)
 
     @triton.jit
     def _put(pointer, value, mask):

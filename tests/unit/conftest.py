@@ -1,9 +1,5 @@
 """A tiny campaign, its prepared data, and a trainer call, for the unit tests."""
 
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels then run on the CPU
-
 import pytest
 from configs import ROOT, merged
 

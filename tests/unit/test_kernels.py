@@ -1,6 +1,6 @@
 """distill_loss against a float64 truth, and the properties that no reference can share a mistake with.
 
-The Triton kernels run here in triton's interpreter (see conftest.py), on few tokens and words.
+The Triton kernels run here in triton's interpreter (see tests/conftest.py), on few tokens and words.
 """
 
 import itertools
@@ -146,6 +146,7 @@ def test_triton_stays_exact_where_student_and_teacher_nearly_agree(cap):
         (Case(tokens=33), {"token_stride": 3}),
         (Case(tokens=33, kind="ghost"), {"soft_mask": torch.arange(33) % 4 == 1}),
         (Case(tokens=33), {"soft_mask": torch.zeros(33, dtype=torch.bool)}),
+        (Case(tokens=33), {"soft_mask": torch.arange(33) % 3 == 1, "norm": DynamicNorm(0.05, 20.0, "exact")}),
         (Case(kind="label"), {"mtp_weights": MTP}),
         (Case(), {"norm": DynamicNorm(0.05, 20.0, "exact"), "measure_share": True}),
         (Case(kind="ghost"), {"norm": DynamicNorm(0.05, 20.0, "exact"), "measure_share": True}),
