@@ -20,6 +20,7 @@ import jsonschema
 import yaml
 
 from kdclimb.config import (
+    ADAM_KINDS,
     BoostConfig,
     ConfigError,
     DataRef,
@@ -82,13 +83,7 @@ class TrainSection:
     max_doc_tokens: int
     cooldown_frac: float
     lr_floor: float
-    muon_lr: float
-    muon_momentum: float
-    muon_weight_decay: float
-    adam_lr: float
-    adam_beta1: float
-    adam_beta2: float
-    bigram_lr_mult: float
+    extension_frac: float
 
 
 @dataclass(frozen=True)
@@ -152,6 +147,7 @@ class Campaign:
     data: DataSection
     student: StudentSection
     train: TrainSection
+    optim: OptimConfig
     validation: ValidationConfig
     budget: BudgetSection
     teacher: TeacherSection
@@ -245,6 +241,13 @@ def _check_shapes(campaign: Campaign) -> None:
         "train.max_doc_tokens",
         train.max_doc_tokens,
         f"at most train.micro_batch_tokens ({train.micro_batch_tokens})",
+    )
+    kinds = [kind for group in campaign.optim.adam.groups for kind in group.kinds]
+    require(
+        sorted(kinds) == sorted(ADAM_KINDS),
+        "optim.adam.groups",
+        kinds,
+        f"each kind in one group, and all of {', '.join(ADAM_KINDS)}",
     )
     for i, candidate in enumerate(campaign.teacher.candidates):
         require(
@@ -367,7 +370,6 @@ class _Expansion:
         train = campaign.train
         self.first, self.last = train.horizons[0], train.horizons[-1]
         self.data = DataRef(data, campaign.data.vocab_size)
-        self.optim = OptimConfig(**{f.name: getattr(train, f.name) for f in dataclasses.fields(OptimConfig)})
 
     def model(self, shape, bigram_vocab_size: int) -> ModelConfig:
         student = self.campaign.student
@@ -392,13 +394,14 @@ class _Expansion:
             max_doc_tokens=train.max_doc_tokens,
             cooldown_frac=train.cooldown_frac,
             lr_floor=train.lr_floor,
+            extension_frac=train.extension_frac,
             lr_boost=boost,
         )
         modelled = campaign.budget.clock == "modelled"
         config = RunConfig(
             model=model or self.model(campaign.student, campaign.student.bigram_vocab_size),
             data=self.data,
-            optim=self.optim,
+            optim=campaign.optim,
             schedule=schedule,
             validation=campaign.validation,
             kd=kd,

@@ -99,16 +99,57 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class MatrixMult:
+    """A LR multiplier for the matrices of one name, in all blocks."""
+
+    matrix: str
+    mult: float
+
+
+@dataclass(frozen=True)
+class MuonConfig:
+    lr: float
+    lr_mults: tuple[MatrixMult, ...]
+    orthogonalize: str  # polar_express or newton_schulz
+    momentum: float  # Nesterov's, between its warm-up and its cooldown
+    momentum_min: float  # where the warm-up starts and the cooldown ends
+    momentum_warmup: int  # steps
+    momentum_cooldown: int  # steps
+    momentum_ramp_frac: float  # neither ramp is longer than this fraction of the horizon
+    normuon: bool  # divide each row or column of the update by its running root mean square
+    beta2: float  # of that root mean square
+    weight_decay: float  # times the LR squared
+
+
+ADAM_KINDS = ("embed", "head", "table", "scalar", "x0", "gate", "smear_gate", "skip_gate")
+
+
+@dataclass(frozen=True)
+class AdamGroup:
+    """What the parameters of some kinds, as `GPT.kinds` names them, have to themselves."""
+
+    kinds: tuple[str, ...]
+    lr_mult: float
+    beta1: float
+    beta2: float
+    decay_mult: float
+
+
+@dataclass(frozen=True)
+class AdamConfig:
+    lr: float
+    every: int  # steps; gradients are summed in between
+    weight_decay: float  # times the LR squared
+    groups: tuple[AdamGroup, ...]
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """Muon for the matrices of the blocks, Adam for the rest."""
 
-    muon_lr: float
-    muon_momentum: float
-    muon_weight_decay: float
-    adam_lr: float
-    adam_beta1: float
-    adam_beta2: float
-    bigram_lr_mult: float  # times adam_lr, for the bigram table
+    cautious_decay: bool  # decay only what the update shrinks too
+    muon: MuonConfig
+    adam: AdamConfig
 
 
 @dataclass(frozen=True)
@@ -132,6 +173,7 @@ class ScheduleConfig:
     max_doc_tokens: int  # longer documents are cut
     cooldown_frac: float  # last part of the horizon, over which the LR falls linearly to lr_floor
     lr_floor: float  # fraction of the base LR
+    extension_frac: float  # very last part of the horizon, spent at lr_floor; stages and cooldown end before it
     lr_boost: BoostConfig | None
 
     def __post_init__(self) -> None:
@@ -148,6 +190,11 @@ class ScheduleConfig:
                 tokens,
                 f"multiples of train.micro_batch_tokens ({self.micro_batch_tokens})",
             )
+
+    @property
+    def scheduled(self) -> int:
+        """Steps of the stages and the cooldown: the horizon less its extension."""
+        return self.horizon - round(self.extension_frac * self.horizon)
 
 
 @dataclass(frozen=True)

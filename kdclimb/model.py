@@ -57,6 +57,12 @@ class GPT(nn.Module):
         self.head = nn.Parameter(self.embed.detach().clone())
         return self.head
 
+    def kinds(self) -> dict[str, str]:
+        """The kind of each parameter, by name: it decides which optimiser steps it, and in which group."""
+        kinds = {name: "matrix" for name, _ in self.named_parameters() if name.startswith("blocks.")}
+        kinds |= {"embed": "embed", "bigram": "table", "bigram_lambdas": "scalar"}
+        return kinds if self.head is None else kinds | {"head": "head"}
+
     def untie_step(self, horizon: int) -> int | None:
         """The step before which the head unties; None if it never does."""
         frac = self.config.untie_frac

@@ -1,4 +1,4 @@
-"""What each step uses: batch size, learning rate, and the three LR phases of KD.
+"""What each step uses: batch size, learning rate, momentum, and the three LR phases of KD.
 
 Phase A: boosted while KD is active. Phase B: at the KD stop the boost is gone at once. Phase C: a
 low tail down to the end of the horizon. Steps count from 0 here.
@@ -6,12 +6,12 @@ low tail down to the end of the horizon. Steps count from 0 here.
 
 from __future__ import annotations
 
-from kdclimb.config import KDConfig, ScheduleConfig
+from kdclimb.config import KDConfig, MuonConfig, ScheduleConfig
 
 
 def stage(schedule: ScheduleConfig, step: int) -> int:
-    """Index of the equal stage of the horizon that `step` lies in."""
-    return min(step, schedule.horizon - 1) * len(schedule.batch_tokens) // schedule.horizon
+    """Index of the equal stage of the scheduled steps that `step` lies in; the extension belongs to the last."""
+    return min(step, schedule.scheduled - 1) * len(schedule.batch_tokens) // schedule.scheduled
 
 
 def batch_tokens(schedule: ScheduleConfig, step: int) -> int:
@@ -19,13 +19,25 @@ def batch_tokens(schedule: ScheduleConfig, step: int) -> int:
 
 
 def base_lr(schedule: ScheduleConfig, step: int) -> float:
-    """Stage multiplier, falling linearly to lr_floor over the last cooldown_frac of the horizon."""
+    """Stage multiplier, falling linearly to lr_floor over the last cooldown_frac of the scheduled steps."""
     mult = schedule.batch_lr[stage(schedule, step)]
-    left = 1.0 - step / schedule.horizon
+    left = max(0.0, 1.0 - step / schedule.scheduled)
     if left >= schedule.cooldown_frac:
         return mult
     weight = left / schedule.cooldown_frac
     return mult * weight + schedule.lr_floor * (1.0 - weight)
+
+
+def momentum(muon: MuonConfig, horizon: int, step: int) -> float:
+    """Muon's momentum: linearly up from `momentum_min` in the first steps, and back down to it in the last.
+
+    Ramps of a fixed number of steps would leave a short horizon no room, hence the cap on both.
+    """
+    most = muon.momentum_ramp_frac * horizon
+    warmup, cooldown = min(muon.momentum_warmup, most), min(muon.momentum_cooldown, most)
+    up = step / warmup if step < warmup else 1.0
+    down = (horizon - step) / cooldown if horizon - step < cooldown else 1.0
+    return muon.momentum_min + (muon.momentum - muon.momentum_min) * min(up, down)
 
 
 def boost(schedule: ScheduleConfig, step: int) -> float:

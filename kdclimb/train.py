@@ -79,14 +79,14 @@ class Trainer:
     def warm_up(self) -> None:
         """Run every path that the clock will see, with and without the teacher, then start afresh."""
         for kd_on in (True, False) if self.kd else (False,):
-            for _ in range(WARMUP_STEPS):
+            for _ in range(max(WARMUP_STEPS, self.config.optim.adam.every)):  # so that Adam steps too
                 self.train_step(kd_on=kd_on)
         self.reset()
 
     def train(self, checkpoint, should_stop, progress) -> None:
         """Train to the stop step. `checkpoint()` is called after each validation, `should_stop()` after each step."""
         every, stop = self.config.validation.every, self.config.schedule.stop_step
-        untie = self.model.untie_step(self.config.schedule.horizon)
+        untie = self.optimizers.untie_step(self.config.schedule.scheduled)
         if self.step == 0:
             self.validate(progress)
         while self.step < stop:
@@ -128,7 +128,12 @@ class Trainer:
         stop_step = self.kd.stop_step if self.kd else None
         mult = schedule.lr_mult(sched, self.config.kd, self.step, stop_step)
         grad_norm = self.optimizers.grad_norm()
-        self.optimizers.step(mult)
+        self.optimizers.step(
+            self.step,
+            lr_mult=mult,
+            base_mult=schedule.base_lr(sched, self.step),
+            momentum=schedule.momentum(self.config.optim.muon, sched.horizon, self.step),
+        )
         self.step += 1
         self.tokens += num_tokens
 

@@ -12,14 +12,34 @@ import pytest
 import torch
 
 from kdclimb.attention import Documents, attention
-from kdclimb.config import DataRef, KDConfig, ModelConfig, OptimConfig, RunConfig, ScheduleConfig, ValidationConfig
+from kdclimb.config import (
+    ADAM_KINDS,
+    AdamConfig,
+    AdamGroup,
+    DataRef,
+    KDConfig,
+    MatrixMult,
+    ModelConfig,
+    MuonConfig,
+    OptimConfig,
+    RunConfig,
+    ScheduleConfig,
+    ValidationConfig,
+)
 from kdclimb.data import prepare
 from kdclimb.kernels import DenseTeacher, DynamicNorm, Softcap, distill_loss
+from kdclimb.model import GPT
+from kdclimb.optim import Optimizers
 from kdclimb.run import run
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parent.parent.parent
 CAP = Softcap(23.0, 5.0, 7.5)
+OPTIM = OptimConfig(
+    cautious_decay=True,
+    muon=MuonConfig(0.02, (MatrixMult("down", 2.0),), "polar_express", 0.95, 0.85, 300, 50, 0.2, True, 0.95, 1.2),
+    adam=AdamConfig(0.01, 2, 0.005, (AdamGroup(ADAM_KINDS, 1.0, 0.8, 0.95, 1.0),)),
+)
 
 
 def error(value, truth):
@@ -166,8 +186,8 @@ def config(num_layers=4, num_heads=4, horizon=60, kd=None, clock="measured"):
     return RunConfig(
         model=ModelConfig(512, num_layers, num_heads, 32, 1024, 0.5, (23.0, 5.0, 7.5)),
         data=DataRef("text", 512),
-        optim=OptimConfig(0.02, 0.95, 0.0, 0.01, 0.8, 0.95, 1.0),
-        schedule=ScheduleConfig(horizon, horizon, (2048, 4096), (1.0, 1.2), 2048, 128, 0.5, 0.1, None),
+        optim=OPTIM,
+        schedule=ScheduleConfig(horizon, horizon, (2048, 4096), (1.0, 1.2), 2048, 128, 0.5, 0.1, 0.0, None),
         validation=ValidationConfig(25, 4096),
         kd=kd,
         seed=0,
@@ -212,3 +232,27 @@ def test_running_out_of_memory_is_a_result(manifest, tmp_path):
     assert run(huge, out, manifest, None, threads=4, any_code=False, last_attempt=True) == 0
     status = json.loads((out / "status.json").read_text())
     assert status["status"] == "oom" and "train.micro_batch_tokens" in status["reason"]
+
+
+def test_both_optimisers_step_without_waiting_for_the_device_and_without_a_new_graph():
+    model = GPT(config().model, backend="torch_varlen", compute_dtype=torch.bfloat16).cuda()
+    optimizers = Optimizers(model, OPTIM)
+
+    def take(step):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p) if p.grad is None else p.grad + torch.randn_like(p)
+        optimizers.step(step, lr_mult=1.0 / (step + 1), base_mult=0.9**step, momentum=0.85 + 0.01 * step)
+
+    for step in range(4):
+        take(step)
+    optimizers.untie()  # the head has the embedding's shape, so that it brings no new graph either
+    torch.cuda.synchronize()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(4, 8):
+            take(step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert all(p.isfinite().all() for p in model.parameters())

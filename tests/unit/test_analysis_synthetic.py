@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from configs import merged
 
 from kdclimb import campaign as campaigns
 from kdclimb.analysis.tables import RunFolder
@@ -35,9 +36,7 @@ def make_config(horizon=100, seed=0, kd=None, boost=None, clock="measured", batc
             "softcap": [23.0, 5.0, 7.5],
         },
         "data": {"id": "text-512-000000000000", "vocab_size": 512},
-        "optim": dict.fromkeys(
-            "muon_lr muon_momentum muon_weight_decay adam_lr adam_beta1 adam_beta2 bigram_lr_mult".split(), 0.1
-        ),
+        "optim": merged()["optim"],
         "schedule": {
             "horizon": horizon,
             "stop_step": stop_step or horizon,
@@ -47,6 +46,7 @@ def make_config(horizon=100, seed=0, kd=None, boost=None, clock="measured", batc
             "max_doc_tokens": 100,
             "cooldown_frac": 0.6,
             "lr_floor": 0.1,
+            "extension_frac": 0.0,
             "lr_boost": boost and dict(zip(("mult", "hold_frac", "drop_frac"), boost, strict=True)),
         },
         "validation": {"every": 25, "tokens": 1000},

@@ -53,6 +53,8 @@ def with_value(key: str, value) -> dict:
         ("data.text.files", ["nope.txt"], ["data.text.files[0]: 'nope.txt'"]),
         ("data.vocab_size", 100000, ["data.vocab_size: 100000", "65536"]),
         ("student.softcap", [23, 5], ["student.softcap"]),
+        ("optim.muon.momentum", 1.0, ["optim.muon.momentum: 1.0", "exclusiveMaximum 1"]),
+        ("optim.muon.lr_mults", [{"matrix": "mlp", "mult": 2.0}], ["optim.muon.lr_mults[0].matrix: 'mlp'", "down"]),
         ("budget.clock", "sundial", ["budget.clock: 'sundial'", "measured"]),
     ],
 )
@@ -99,6 +101,9 @@ def _each_field_changed(value, path=""):
         if dataclasses.is_dataclass(old):
             for inner, new in _each_field_changed(old, name):
                 yield inner, dataclasses.replace(value, **{field.name: new})
+        elif isinstance(old, tuple) and dataclasses.is_dataclass(old[-1]):
+            for inner, new in _each_field_changed(old[-1], f"{name}[-1]"):
+                yield inner, dataclasses.replace(value, **{field.name: (*old[:-1], new)})
         else:
             new = (
                 (*old[:-1], old[-1] * 2)
@@ -147,6 +152,7 @@ def test_shipped_overlays_load(overlay):
 
 def test_h100_and_seed155_carry_the_seeds_values():
     h100, seed155 = (campaign.load(merged(f"config/{name}.yaml"), ROOT) for name in ("h100", "seed155"))
+    assert h100.optim == seed155.optim and h100.optim.adam.every == 2
     assert h100.train.horizons[-1] == 1555 and seed155.train.horizons == (155, 1000)
     for config in (h100, seed155):
         student = config.student

@@ -51,9 +51,14 @@ def test_write_makes_the_readme_again(monkeypatch, tmp_path, capsys):
 
 def test_every_key_of_the_config_has_one_row_and_an_entry():
     rows = [line.split("|")[1].strip() for line in explain.readme().splitlines() if line.startswith("| `")]
-    candidate = [f"teacher.candidates[].{key}" for key in ("num_layers", "num_heads", "head_dim", "steps")]
-    assert sorted(rows) == sorted(f"`{name}`" for name in leaves(merged()) + candidate)
-    for name in leaves(merged()) + candidate:
+    lists = {
+        "teacher.candidates": ("num_layers", "num_heads", "head_dim", "steps"),
+        "optim.muon.lr_mults": ("matrix", "mult"),
+        "optim.adam.groups": ("kinds", "lr_mult", "beta1", "beta2", "decay_mult"),
+    }
+    entries = [f"{name}[].{key}" for name, keys in lists.items() for key in keys]
+    assert sorted(rows) == sorted(f"`{name}`" for name in leaves(merged()) + entries)
+    for name in leaves(merged()) + entries:
         assert explain.explain(name, merged()).startswith(f"{name}: ")
 
 
@@ -161,7 +166,7 @@ def test_a_key_of_a_lists_entries(capsys, name):
         ("kd.stop_margin.x", "kd.stop_margin.x: unknown key; nearest: kd.stop_margin"),
         (
             "zzz",
-            "zzz: unknown key; the top level has: campaign, device, code, data, student, train, validation, budget",
+            "zzz: unknown key; the top level has: campaign, device, code, data, student, train, optim, validation",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Attention, model, schedule and optimisers."""
+"""Attention, model and schedule."""
 
 import dataclasses
 import math
@@ -10,8 +10,7 @@ from configs import ROOT, merged
 from kdclimb import campaign, schedule
 from kdclimb.attention import Documents, attention
 from kdclimb.config import BoostConfig
-from kdclimb.model import GPT, bigram_hash, rms_norm
-from kdclimb.optim import Optimizers
+from kdclimb.model import GPT, bigram_hash
 
 
 def dense_truth(q, k, v, starts, scale):
@@ -98,43 +97,6 @@ def test_tying_follows_untie_frac(tiny):
     assert model(tiny, untie_frac=1.0).untie_step(75) is None
 
 
-def train_one(gpt, optimizers, mult=1.0):
-    tokens = torch.arange(40) % 384
-    hidden = gpt(tokens, Documents.of([0], 40, "cpu"))
-    (rms_norm(hidden) @ gpt.head_weight.T).logsumexp(-1).sum().backward()
-    optimizers.step(mult)
-
-
-def test_untying_copies_weights_and_adam_state_and_then_they_part(tiny):
-    gpt = awake(model(tiny))
-    config = next(r.config.optim for r in campaign.expand(tiny, {}) if r.arm == "ce")
-    optimizers = Optimizers(gpt, config)
-    train_one(gpt, optimizers)
-    optimizers.untie()
-    assert torch.equal(gpt.head, gpt.embed)
-    states = [optimizers.adam.state[p] for p in (gpt.embed, gpt.head)]
-    assert torch.equal(states[0]["exp_avg"], states[1]["exp_avg"]) and states[0]["exp_avg"] is not states[1]["exp_avg"]
-    train_one(gpt, optimizers)
-    assert not torch.equal(gpt.head, gpt.embed)
-
-
-def test_lr_multiplier_does_not_multiply_weight_decay(tiny):
-    config = dataclasses.replace(
-        next(r.config.optim for r in campaign.expand(tiny, {}) if r.arm == "ce"), muon_weight_decay=0.5
-    )
-    shrunk = []
-    for mult in (0.5, 3.0):
-        gpt = model(tiny)
-        optimizers = Optimizers(gpt, config)
-        weight = gpt.blocks[0].q
-        before = weight.detach().clone()
-        for p in gpt.parameters():
-            p.grad = torch.zeros_like(p)  # so that decay is all that moves a matrix
-        optimizers.step(mult)
-        shrunk.append((weight / before).mean().item())
-    assert shrunk == pytest.approx([1 - config.muon_lr * 0.5] * 2, rel=1e-5)
-
-
 def test_lr_schedule_by_hand():
     config = campaign.load(merged({"train": {"batch_tokens": [2048, 4096], "batch_lr": [1.0, 1.5]}}), ROOT)
     sched = next(r.config.schedule for r in campaign.expand(config, {}) if r.arm == "ce")
@@ -143,6 +105,31 @@ def test_lr_schedule_by_hand():
     assert [schedule.base_lr(sched, s) for s in (0, 49, 50, 60)] == [1.0, 1.0, 1.5, 1.5]
     assert schedule.base_lr(sched, 80) == pytest.approx(1.5 * 0.5 + 0.1 * 0.5)
     assert schedule.base_lr(sched, 100) == pytest.approx(0.1)
+
+
+def test_the_extension_is_spent_at_the_floor_and_the_rest_of_the_schedule_ends_before_it():
+    config = campaign.load(merged("config/h100.yaml", {"device": "cpu"}), ROOT)
+    sched = next(
+        r.config.schedule for r in campaign.expand(config, {}) if r.arm == "ce" and r.config.schedule.horizon == 1555
+    )
+    assert sched.scheduled == 1515 and sched.stop_step == 1555
+    assert [schedule.stage(sched, s) for s in (504, 505, 1009, 1010, 1554)] == [0, 1, 1, 2, 2]
+    assert schedule.base_lr(sched, 504) == 1.0 and schedule.base_lr(sched, 681) == 1.52
+    assert schedule.base_lr(sched, 682) < 1.52
+    assert [schedule.base_lr(sched, s) for s in (1515, 1554)] == [sched.lr_floor] * 2 < [schedule.base_lr(sched, 1514)]
+
+
+@pytest.mark.parametrize(("horizon", "warmup", "cooldown"), [(20, 4, 4), (155, 31, 31), (1515, 300, 50)])
+def test_momentum_warms_up_and_cools_down_at_every_horizon(tiny, horizon, warmup, cooldown):
+    ramps = {"momentum_warmup": 300, "momentum_cooldown": 50, "momentum_ramp_frac": 0.2}
+    muon = dataclasses.replace(tiny.optim.muon, momentum=0.95, momentum_min=0.85, **ramps)
+    values = [schedule.momentum(muon, horizon, step) for step in range(horizon)]
+    assert values[0] == pytest.approx(0.85) and values[-1] == pytest.approx(0.85 + 0.1 / cooldown)
+    assert values[warmup // 2] == pytest.approx(0.85 + 0.1 * (warmup // 2) / warmup)
+    assert values[warmup : horizon - cooldown + 1] == pytest.approx([0.95] * (horizon - warmup - cooldown + 1))
+    assert max(values[:warmup] + values[horizon - cooldown + 1 :]) < 0.95
+    flat = dataclasses.replace(muon, momentum_warmup=0, momentum_cooldown=0)
+    assert {schedule.momentum(flat, horizon, step) for step in range(horizon)} == {0.95}
 
 
 def test_three_lr_phases_of_kd(tiny_runs):

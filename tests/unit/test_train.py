@@ -187,7 +187,8 @@ def test_changed_code_trains_again_unless_frozen(
 
 def test_divergence_is_a_result_with_its_reason(tiny_runs, train, tmp_path):
     config = pick(tiny_runs, "ce")
-    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, adam_lr=1e30, muon_lr=1e30))
+    adam = dataclasses.replace(config.optim.adam, lr=1e30)
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, adam=adam))
     code, out = train(config, tmp_path)
     status = json.loads((out / "status.json").read_text())
     assert code == 0 and status["status"] == "diverged" and "nan" in status["reason"]

@@ -194,7 +194,7 @@ def test_without_a_teacher_in_the_budget_it_ends_well_and_says_so(changed):
 
 
 def test_a_diverged_ce_baseline_stops_the_campaign_with_a_clear_word(checkout):
-    arguments = overlay(checkout, "hot", train={"adam_lr": 1e30, "muon_lr": 1e30, "horizons": [50], "seeds": [0]})
+    arguments = overlay(checkout, "hot", train={"horizons": [50], "seeds": [0]}, optim={"adam": {"lr": 1e30}})
     output = checkout.run("results/tiny/budget.json", *arguments, code=None)
     assert "diverged" in output and "kdclimb retry" in output and "Traceback" not in output
     assert not (checkout.path / "results/tiny/budget.json").exists()
