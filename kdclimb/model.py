@@ -43,7 +43,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, *, backend: str, compute_dtype: torch.dtype, compiled: bool = False):
         super().__init__()
         self.config, self.backend, self.compute_dtype = config, backend, compute_dtype
-        self._layer = compiled_layer() if compiled else layer
+        self._layer = compile_layer() if compiled else layer
         d, layers, gate = config.dim, config.num_layers, min(GATE_INPUTS, config.dim)
         self.embed = nn.Parameter(torch.empty(config.vocab_size, d))
         if config.bigram_vocab_size:
@@ -315,16 +315,8 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
 
-def compiled_layer():
+def compile_layer(**options):
     """`layer` by torch.compile: one graph for each kind of layer and shape, none for new windows or scales."""
-    global _compiled
-    if _compiled is None:
-        torch._dynamo.config.automatic_dynamic_shapes = (
-            False  # a new shape is a graph of its own, not a slow one for all
-        )
-        torch._dynamo.config.recompile_limit = 64  # kinds of layers, student and teacher, with and without gradients
-        _compiled = torch.compile(layer, fullgraph=True)
-    return _compiled
-
-
-_compiled = None
+    torch._dynamo.config.automatic_dynamic_shapes = False  # a new shape is a graph of its own, no slow one for all
+    torch._dynamo.config.recompile_limit = 64  # kinds of layers, student and teacher, with and without gradients
+    return torch.compile(layer, fullgraph=True, **options)
