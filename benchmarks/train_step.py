@@ -66,7 +66,7 @@ def with_teacher(trainer: Trainer, shape: list[int], loaded: campaign.Campaign) 
     """Give the trainer an untrained teacher: a step takes as long."""
     candidate = campaign.Candidate(*shape, steps=1)
     config = campaign._Expansion(loaded, "synthetic").teacher(candidate)
-    with torch.device("cuda"):
+    with torch.device(trainer.device):
         teacher = GPT(config, **trainer.options).requires_grad_(False)
     teacher.set_windows(*schedule.windows(trainer.config.schedule, trainer.config.schedule.horizon))
     section = loaded.kd
