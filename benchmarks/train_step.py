@@ -73,6 +73,7 @@ def with_teacher(trainer: Trainer, shape: list[int], loaded: campaign.Campaign) 
     kd = KDConfig(
         "untrained", False, False, section.alpha, 1.0, True, section.norm_floor, section.norm_max, 0.0, 10**9, 1.0, 0
     )
+    trainer.config = dataclasses.replace(trainer.config, kd=kd)
     trainer.kd = KDController(kd, teacher, 0.0)
 
 
