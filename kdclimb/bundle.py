@@ -2,8 +2,11 @@
 
 A bundle is a .zip or a .tar.gz of index.json and files, named by their paths under results/: the campaign's finished
 runs (without weights, unless asked), its own files, and the manifest of its data (never the tokens). An import checks
-everything before it writes anything, and refuses as a whole. It keeps the files' order in time, so that Snakemake takes
-them as done; it has no record of how they were made, so it can't tell when later edits of the code outdate them.
+everything before it writes anything, and refuses as a whole.
+
+Snakemake has no record of what comes so, and goes by its age: runs keep their order in time, and count as done. The
+campaign's files are made older than the runs, so that the next ./run makes them anew from these: without a record it
+would not see that a changed config asks for other ones.
 """
 
 from __future__ import annotations
@@ -30,14 +33,15 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from kdclimb.artifacts import MADE_AT_THE_END, write_via
+from kdclimb.analysis import selection
+from kdclimb.artifacts import MADE_AT_THE_END, write_text, write_via
 from kdclimb.campaign import Campaign, data_id, expand, read_decisions
 from kdclimb.config import ConfigError, RunConfig, build
 from kdclimb.mirror import campaign_files, run_files
-from kdclimb.provenance import ROOT, git_commit, source_hash
+from kdclimb.provenance import git_commit, source_hash
 
 INDEX, FORMAT = "index.json", 1
-WEIGHTS = "model.safetensors"
+WEIGHTS, MARK = (Path(name).name for name in (selection.WEIGHTS[0], selection.ELSEWHERE))
 KINDS = {".zip": b"PK", ".tar.gz": b"\x1f\x8b"}  # how the names end, and how the files start
 NAME = re.compile(r"[^./\\:\x00-\x1f][^/\\:\x00-\x1f]*")  # of a file or folder: not hidden, not .., nothing absolute
 DAMAGE = (
@@ -69,7 +73,6 @@ class Index:
     format: int
     campaign: str
     kdclimb_commit: str
-    code: dict  # {workflow script: its hash} of the checkout that the bundle comes from
     files: tuple[Entry, ...]
 
 
@@ -89,10 +92,11 @@ def export(campaign: Campaign, root: Path, results: Path, out: Path, weights: bo
         raise BundleError(f"{manifest}: missing; make it: ./run {manifest}")
     files = [manifest]
     for run_id in finished:
-        files += [file for file in run_files(results / "runs" / run_id) if weights or file.name != WEIGHTS]
+        left = {MARK} if weights else {MARK, WEIGHTS}
+        files += [file for file in run_files(results / "runs" / run_id) if file.name not in left]
     files += campaign_files(results / campaign.campaign)
     entries = tuple(_entry(file, results) for file in _bar(files, "reading"))
-    index = Index(FORMAT, campaign.campaign, git_commit(), code_hashes(), entries)
+    index = Index(FORMAT, campaign.campaign, git_commit(), entries)
 
     def write(temporary: Path) -> None:
         _pack(temporary, kind, index, results)
@@ -104,11 +108,6 @@ def export(campaign: Campaign, root: Path, results: Path, out: Path, weights: bo
         f"{out}: {len(finished)} finished runs of the {named} that campaign {campaign.campaign} names so far, "
         f"{'with' if weights else 'without'} weights; {len(entries)} files, {out.stat().st_size / 1e6:.1f} MB"
     )
-
-
-def code_hashes() -> dict[str, str]:
-    """The hash of each workflow script of this checkout, by its name."""
-    return {file.stem: source_hash(str(file.relative_to(ROOT))) for file in sorted(ROOT.glob("workflow/scripts/*.py"))}
 
 
 def _runs(campaign: Campaign, root: Path, results: Path) -> tuple[int, list[str]]:
@@ -169,15 +168,22 @@ def import_(file: Path, results: Path, any_code: bool) -> str:
         if not any_code:
             _check_code(file, index, runs)
         todo = [entry for entry in index.files if not _is_here(entry, results, manifest)]
-        late = max(0, *(entry.mtime_ns - time.time_ns() for entry in index.files))  # that machine's clock is ahead
+        times = _times(index)
         for entry in _bar(sorted(todo, key=partial(_rank, index)), "writing"):
-            _write(archive, entry, results, entry.mtime_ns - late)
+            _write(archive, entry, results, times[entry.path])
     for run_id in {entry.path.split("/")[1] for entry in todo if entry.path.startswith("runs/")}:
         _settle(results / "runs" / run_id)
-    for entry in index.files:
-        if entry.path.startswith("data/"):
-            _date_back(results / entry.path, entry.mtime_ns - late)
+    for path in (entry.path for entry in index.files if entry.path.startswith("data/")):
+        _date_back(results / path, times[path])
     return _told(index, results, runs, len(todo))
+
+
+def _times(index: Index) -> dict[str, int]:
+    """{path: its mtime in ns}: as it was, but not in the future, and the campaign's files older than the runs."""
+    late = max(0, *(entry.mtime_ns - time.time_ns() for entry in index.files))  # if that machine's clock is ahead
+    times = {entry.path: entry.mtime_ns - late for entry in index.files}
+    before = min(times.values()) - 10**9
+    return {path: before if path.startswith(f"{index.campaign}/") else mtime for path, mtime in times.items()}
 
 
 def _rank(index: Index, entry: Entry) -> int:
@@ -195,10 +201,18 @@ def _write(archive: _Archive, entry: Entry, results: Path, mtime_ns: int) -> Non
 
 
 def _settle(folder: Path) -> None:
-    """checkpoints/ is owed by every run, and as old as the run: Snakemake goes by its mtime."""
-    (folder / "checkpoints").mkdir(exist_ok=True)
+    """checkpoints/, which every run owes: whether its weights are elsewhere, and as old as the run.
+
+    Snakemake goes by the mtime of the folder. Without the mark the analysis would take the weights for lost.
+    """
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    if (checkpoints / "model.json").is_file() and not (checkpoints / WEIGHTS).is_file():
+        write_text(checkpoints / MARK, "bundle import brought this run without its weights\n")
+    else:
+        (checkpoints / MARK).unlink(missing_ok=True)
     mtime_ns = (folder / "status.json").stat().st_mtime_ns
-    os.utime(folder / "checkpoints", ns=(mtime_ns, mtime_ns))
+    os.utime(checkpoints, ns=(mtime_ns, mtime_ns))
 
 
 def _date_back(manifest: Path, mtime_ns: int) -> None:
@@ -211,13 +225,13 @@ def _told(index: Index, results: Path, runs: dict[str, dict], written: int) -> s
     lines = [
         f"imported: {len(runs)} runs and campaign {index.campaign}; {written} of {len(index.files)} files were new"
     ]
-    bare = [name for name in runs if (results / f"runs/{name}/checkpoints/model.json").is_file()]
-    bare = [name for name in bare if not (results / f"runs/{name}/checkpoints" / WEIGHTS).is_file()]
+    bare = [name for name in runs if (results / f"runs/{name}/checkpoints" / MARK).is_file()]
     if bare:
         lines.append(f"{len(bare)} of the runs have no weights here: they count in every table, but can't teach")
     for manifest in (results / entry.path for entry in index.files if entry.path.startswith("data/")):
         if not _has_tokens(manifest):
-            lines.append(f"no tokens are here; before a training: ./run --force {manifest}, then this import once more")
+            lines.append("no tokens are here; before a training make them, as old as the data of these runs:")
+            lines.append(f"  ./run --force {manifest} && touch -d @{int(manifest.stat().st_mtime)} {manifest}")
     return "\n".join(lines)
 
 
@@ -295,13 +309,12 @@ def _check_weights(archive: _Archive, entries: dict[str, Entry], folder: str, st
 
 
 def _check_code(file: Path, index: Index, runs: dict[str, dict]) -> None:
-    ours = code_hashes()
-    other = {name for name, found in index.code.items() if ours.get(name) != found}
-    other |= {"train" for status in runs.values() if status["code_hash"] != ours["train"]}
+    ours = source_hash("workflow/scripts/train.py")
+    other = [run_id for run_id, status in runs.items() if status["code_hash"] != ours]
     if other:
         raise BundleError(
-            f"{file}: from other code than this checkout's ({', '.join(sorted(other))}; commit {index.kdclimb_commit}); "
-            "use the same here, or take it all the same with --any-code"
+            f"{file}: runs/{other[0]}: trained by other code than this checkout's (commit {index.kdclimb_commit}); "
+            "use that here, or take such runs all the same with --any-code"
         )
 
 
@@ -318,8 +331,8 @@ def _is_here(entry: Entry, results: Path, manifest: dict) -> bool:
                 return True
         except (OSError, ValueError, KeyError):
             pass
-    hint = f": python -m kdclimb retry --run {target.parts[-2]}" if entry.path.startswith("runs/") else ""
-    raise BundleError(f"{target}: another result is there; it is not overwritten: move it away, or forget it{hint}")
+    folder = "/".join(entry.path.split("/")[: 2 if entry.path.startswith(("runs/", "data/")) else 1])
+    raise BundleError(f"{target}: another result is there, and is not overwritten; move {results / folder} away first")
 
 
 # ---- reading an archive -------------------------------------------------------------------------
