@@ -72,7 +72,7 @@ def test_after_an_import_kd_needs_the_weights_and_the_tokens(finished, checkout,
     kdclimb(finished, "bundle", "export", tmp_path / "bare.zip", *TINY)
     kdclimb(finished, "bundle", "export", tmp_path / "whole.tar.gz", "--weights", *TINY)
     told = kdclimb(checkout, "bundle", "import", tmp_path / "bare.zip")
-    hotter = overlay(checkout, "hotter", kd={"grid": {"temperature": [1.0, 3.0]}})
+    hotter = ["results/tiny/kd/screen.csv", *overlay(checkout, "hotter", kd={"grid": {"temperature": [1.0, 3.0]}})]
     teacher = json.loads((checkout.path / "results/tiny/teacher/selected.json").read_text())["run_id"]
     output = checkout.run(*hotter, code=None)
     assert f"train: results/runs/{teacher}/checkpoints: described, but without its weights" in output
@@ -80,4 +80,5 @@ def test_after_an_import_kd_needs_the_weights_and_the_tokens(finished, checkout,
     subprocess.run(["bash", "-c", make_tokens], cwd=checkout.path, check=True, capture_output=True)
     assert "imported: " in kdclimb(checkout, "bundle", "import", tmp_path / "whole.tar.gz")
     checkout.run(*hotter)
-    assert {run_id.split("-t")[1][0] for run_id in checkout.attempts()} == {"3"}  # nothing imported was trained again
+    (trained,) = checkout.attempts()  # nothing imported was trained again
+    assert "-t3-" in trained
