@@ -1,9 +1,12 @@
-"""What a config means and what it would run; and forgetting results, so that the next ./run makes them again.
+"""What a config means and what it would run; forgetting results, so that the next ./run makes them again; and moving
+them between machines.
 
 python -m kdclimb explain kd.stop_margin              # one key; a section lists its keys
 python -m kdclimb plan --configfile config/h100.yaml  # runs, tokens and time, before anything runs
 python -m kdclimb retry --status oom                  # every run that ended out of memory
 python -m kdclimb retry --run ce-3x128-100-s0-...     # this run, however it ended
+python -m kdclimb bundle export tiny.zip              # a campaign's finished runs and files
+python -m kdclimb bundle import tiny.zip              # the same, on another machine
 """
 
 from __future__ import annotations
@@ -14,16 +17,24 @@ import shutil
 import sys
 from pathlib import Path
 
-from kdclimb import explain, plan
-from kdclimb.analysis.tables import AnalysisError
+from kdclimb import bundle, explain, plan
 from kdclimb.artifacts import write_text
 from kdclimb.campaign import load, schema_path
-from kdclimb.config import ConfigError
 
 STATUSES = ("ok", "diverged", "oom", "failed", "interrupted")
 
 
 def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        print(args.call(args))
+    except (ValueError, OSError) as error:  # ConfigError, AnalysisError and BundleError are ValueErrors
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m kdclimb", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -34,26 +45,43 @@ def main(argv: list[str] | None = None) -> int:
     )
     results = argparse.ArgumentParser(add_help=False)
     results.add_argument("--results", type=Path, default=Path("results"), help="the results folder (default: results)")
+    _add_explain(commands, config)
+    plan_ = commands.add_parser("plan", help="what a config would run, before anything runs", parents=[config, results])
+    plan_.set_defaults(call=foresee)
+    _add_retry(commands, results)
+    _add_bundle(commands, config, results)
+    return parser
+
+
+def _add_explain(commands, config) -> None:
     about = commands.add_parser("explain", help="what a key means, and its value", parents=[config])
+    about.set_defaults(call=tell)
     what = about.add_mutually_exclusive_group()
     what.add_argument("key", metavar="KEY", nargs="?", default="", help="such as kd.alpha, or a section (default: all)")
     what.add_argument("--write", action="store_true", help="write config/README.md anew from config/schema.yaml")
-    commands.add_parser("plan", help="what a config would run, before anything runs", parents=[config, results])
+
+
+def _add_retry(commands, results) -> None:
     retry = commands.add_parser(
         "retry", help="forget results, so that the next ./run makes them again", parents=[results]
     )
+    retry.set_defaults(call=forget)
     which = retry.add_mutually_exclusive_group(required=True)
     which.add_argument("--status", choices=STATUSES, help="every run that ended so")
     which.add_argument("--run", metavar="RUN_ID", help="one run")
-    args = parser.parse_args(argv)
-    if args.command == "retry":
-        return forget(args.results, args.status, args.run)
-    try:
-        print(tell(args) if args.command == "explain" else foresee(args.configfile, args.results))
-    except (ConfigError, AnalysisError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+
+
+def _add_bundle(commands, config, results) -> None:
+    about = "move finished runs and a campaign's files between machines"
+    ways = commands.add_parser("bundle", help=about).add_subparsers(dest="way", required=True)
+    out = ways.add_parser("export", help="write a campaign's bundle", parents=[config, results])
+    out.add_argument("out", type=Path, metavar="OUT", help="a .zip or .tar.gz")
+    out.add_argument("--weights", action="store_true", help="take the runs' weights along")
+    out.set_defaults(call=export_bundle)
+    into = ways.add_parser("import", help="take a bundle; refused as a whole if anything is amiss", parents=[results])
+    into.add_argument("file", type=Path, metavar="FILE", help="what bundle export wrote")
+    into.add_argument("--any-code", action="store_true", help="also results of other code than this checkout's")
+    into.set_defaults(call=lambda args: bundle.import_(args.file, args.results, args.any_code))
 
 
 def tell(args: argparse.Namespace) -> str:
@@ -64,23 +92,30 @@ def tell(args: argparse.Namespace) -> str:
     return explain.explain(args.key, explain.read_config(args.configfile))
 
 
-def foresee(files: list[Path], results: Path) -> str:
+def foresee(args: argparse.Namespace) -> str:
     """What `plan` prints. Raises ConfigError for a wrong config, AnalysisError for a result that can't be read."""
     root = schema_path().parent.parent
-    return plan.plan(load(explain.read_config(files), root), root, results)
+    return plan.plan(load(explain.read_config(args.configfile), root), root, args.results)
 
 
-def forget(results: Path, status: str | None, run_id: str | None) -> int:
-    """Delete the folders of the runs with this status or id; 1, with a word on stderr, if there is none.
+def export_bundle(args: argparse.Namespace) -> str:
+    """What `bundle export` prints. Raises ConfigError for a wrong config, BundleError if there is nothing to export."""
+    root = schema_path().parent.parent
+    campaign = load(explain.read_config(args.configfile), root)
+    return bundle.export(campaign, root, args.results, args.out, args.weights)
+
+
+def forget(args: argparse.Namespace) -> str:
+    """Delete the folders of the runs with this status or id, and say which. Raises ValueError if there is none.
 
     With them go the campaigns' tables that name such a run, and those campaigns' report pages: Snakemake makes a
     missing file again only if something that it was asked for is missing too.
     """
-    folders = [file.parent for file in sorted(results.glob("runs/*/status.json")) if _matches(file, status, run_id)]
+    results = args.results
+    folders = [f.parent for f in sorted(results.glob("runs/*/status.json")) if _matches(f, args.status, args.run)]
     if not folders:
-        asked = f"status {status}" if status else f"id {run_id}"
-        print(f"kdclimb retry: no run with {asked} under {results}/runs", file=sys.stderr)
-        return 1
+        asked = f"status {args.status}" if args.status else f"id {args.run}"
+        raise ValueError(f"kdclimb retry: no run with {asked} under {results}/runs")
     names = [folder.name for folder in folders]
     for campaign in results.iterdir():
         tables = list(campaign.rglob("*.csv")) if campaign.name not in ("runs", "data") else []
@@ -89,9 +124,7 @@ def forget(results: Path, status: str | None, run_id: str | None) -> int:
             file.unlink(missing_ok=True)
     for folder in folders:
         shutil.rmtree(folder)
-        print(f"forgotten: {folder}")
-    print("the next ./run makes them again")
-    return 0
+    return "\n".join([*(f"forgotten: {folder}" for folder in folders), "the next ./run makes them again"])
 
 
 def _matches(file: Path, status: str | None, run_id: str | None) -> bool:

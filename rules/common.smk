@@ -9,6 +9,7 @@ from snakemake.exceptions import WorkflowError
 
 from kdclimb import campaign as campaigns
 from kdclimb.config import ConfigError, canonical_json
+from kdclimb.mirror import mirror, not_mirrored
 from kdclimb.provenance import source_hash
 
 ROOT = Path(workflow.basedir)
@@ -18,6 +19,7 @@ except ConfigError as error:
     raise WorkflowError(f"config: {error}")
 
 RESULTS = CAMPAIGN.results
+MIRROR = campaigns.mirror_root(CAMPAIGN, ROOT)
 DATA = f"results/data/{campaigns.data_id(CAMPAIGN, ROOT)}"
 
 # Jobs run this Python and this package, whatever the caller's shell would find first.
@@ -84,3 +86,13 @@ def train_code(wildcards):
     if CAMPAIGN.code == "frozen" and status.is_file():
         return json.loads(status.read_text())["code_hash"]
     return code("train")
+
+
+def copy_to_mirror():
+    """At the end of any run of the workflow, whatever was asked for and however it ended."""
+    if MIRROR is None:
+        return
+    try:
+        mirror(Path("results"), Path(RESULTS), [run.run_id for run in runs(*ALL_ARMS)], MIRROR)
+    except OSError as error:
+        print(not_mirrored(error, MIRROR), file=sys.stderr)
