@@ -27,7 +27,7 @@ from benchmarks.common import Rows
 from kdclimb import campaign, schedule
 from kdclimb.artifacts import write_json
 from kdclimb.attention import choose_backend
-from kdclimb.config import KDConfig, RunConfig
+from kdclimb.config import RunConfig
 from kdclimb.data import Dataset, write_shard
 from kdclimb.distill import KDController
 from kdclimb.explain import read_config
@@ -69,19 +69,22 @@ def with_teacher(trainer: Trainer, shape: list[int], loaded: campaign.Campaign) 
     with torch.device(trainer.device):
         teacher = GPT(config, **trainer.options).requires_grad_(False)
     teacher.set_windows(*schedule.windows(trainer.config.schedule, trainer.config.schedule.horizon))
-    section = loaded.kd
-    kd = KDConfig(
-        "untrained", False, False, section.alpha, 1.0, True, section.norm_floor, section.norm_max, 0.0, 10**9, 1.0, 0
-    )
+    kd = dataclasses.replace(campaign._Expansion(loaded, "synthetic").kd("untrained", 1.0), stop_mode="none")
     trainer.config = dataclasses.replace(trainer.config, kd=kd)
-    trainer.kd = KDController(kd, teacher, 0.0)
+    trainer.kd = KDController(kd, teacher, 0.0, trainer.config.schedule)
+
+
+def take_step(trainer: Trainer, kd_on: bool) -> None:
+    if trainer.kd:
+        trainer.kd.stop_step = None if kd_on else 0
+    trainer.train_step()
 
 
 def warm_up(trainer: Trainer, arms: dict[str, bool]) -> float:
     start = time.perf_counter()
     for kd_on in arms.values():
         for _ in range(max(2, trainer.config.optim.adam.every)):
-            trainer.train_step(kd_on=kd_on)
+            take_step(trainer, kd_on)
     torch.cuda.synchronize()
     return time.perf_counter() - start
 
@@ -96,7 +99,7 @@ def measure(trainer: Trainer, stage: int, arms: dict[str, bool], rounds: int) ->
             trainer.step = first + first % 2 + i % 2  # Adam steps in every second one, as in training
             torch.cuda.synchronize()
             start = time.perf_counter()
-            trainer.train_step(kd_on=kd_on)
+            take_step(trainer, kd_on)
             torch.cuda.synchronize()
             if i:  # the first meets a stage's windows anew
                 times[arm].append(1e3 * (time.perf_counter() - start))
@@ -142,7 +145,7 @@ def run(config: RunConfig, loaded: campaign.Campaign, dataset: Dataset, args: ar
         here = case | {"stage": stage + 1}
         metrics = {"ms": times["ce"], "tokens_per_s": 1e3 * tokens / times["ce"]}
         if peak:
-            metrics["mfu"] = tokens * trainer.flops_per_token(False)[0] / (times["ce"] * 1e9 * peak)
+            metrics["mfu"] = tokens * trainer.flops_per_token()[0] / (times["ce"] * 1e9 * peak)
         memory = torch.cuda.max_memory_allocated() / 2**30
         if args.teacher:
             kd_case = here | {"mode": "dense", "teacher": "x".join(map(str, args.teacher))}

@@ -151,11 +151,20 @@ class GridSection:
 class KDSection:
     exploratory: bool
     alpha: float
+    alpha_schedule: str
     dynamic_norm: bool
     norm_floor: float
     norm_max: float
+    token_frac: float
+    every: int
+    micro_batches: int
+    token_stride: int
+    stop_mode: str
     stop_margin: float
     stop_min_step: int
+    stop_consecutive: int
+    stop_frac: float
+    teacher_val: float | None
     post_stop_lr: float
     post_stop_blend_steps: int
     isolate_steps: int

@@ -267,18 +267,30 @@ class DataRef:
 
 @dataclass(frozen=True)
 class KDConfig:
-    """Logits distillation of one run. total = (1 - alpha) * CE + alpha * norm * T^2 KL(teacher || student)."""
+    """Logits distillation of one run. total = (1 - alpha) * CE + alpha * norm * T^2 KL(teacher || student).
+
+    What its fields mean together is in `kdclimb/distill.py`.
+    """
 
     teacher: str  # run id of the teacher
     random_teacher: bool  # control: the teacher's shape with fresh random weights
     infer_only: bool  # control: teacher forward only, no KD loss
     alpha: float
+    alpha_schedule: str  # constant; linear: to 0 where KD's tokens end; lr: as the scheduled LR goes
     temperature: float
     dynamic_norm: bool  # scale the KL to the size of the CE
     norm_floor: float  # nats: KL below this is taken as this, so that the factor stays finite
     norm_max: float  # largest factor
+    token_frac: float  # KD's part of the horizon's tokens, from the start
+    every: int  # steps: KD in each so many
+    micro_batches: int  # of a step, from its first, that have a teacher; 0 for all
+    token_stride: int  # every so many tokens have a KD term
+    stop_mode: str  # val_margin, step or none
     stop_margin: float  # nats: KD stops when student val <= teacher val + margin
     stop_min_step: int  # steps
+    stop_consecutive: int  # validations in a row within the margin
+    stop_frac: float  # of the horizon, for the mode step
+    teacher_val: float | None  # nats: what the margin is from; None for the teacher's own loss
     post_stop_lr: float  # LR multiplier after the KD stop
     post_stop_blend_steps: int  # steps from 1 down to post_stop_lr
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdclimb.config import KDConfig
+from kdclimb import schedule
+from kdclimb.config import KDConfig, ScheduleConfig
 from kdclimb.data import Batch
 from kdclimb.evaluate import teacher_target
 from kdclimb.kernels import DistillLoss, DynamicNorm, distill_loss
@@ -13,23 +14,41 @@ from kdclimb.model import GPT
 
 
 class KDController:
-    """One run's KD. Active from the start until the student's validation loss comes within `stop_margin` of the
-    teacher's, at `stop_min_step` or later; then off for good (`stop_step` is that validation's step).
+    """One run's KD. Active from the start until it stops for good; `stop_step` is the step after which it is off.
+
+    It stops where `token_frac` of the horizon's tokens are trained, and by `stop_mode`: at `stop_frac` of the horizon
+    ("step"), or at the last of `stop_consecutive` validations, at `stop_min_step` or later, whose loss is within
+    `stop_margin` of the teacher's ("val_margin"), so that a single noisy one decides nothing.
     """
 
-    def __init__(self, config: KDConfig, teacher: GPT, teacher_val: float):
-        self.config, self.teacher, self.teacher_val = config, teacher, teacher_val
+    def __init__(self, config: KDConfig, teacher: GPT, teacher_val: float, sched: ScheduleConfig):
+        self.config, self.teacher, self.sched = config, teacher, sched
+        self.teacher_val = teacher_val if config.teacher_val is None else config.teacher_val
         self.norm = DynamicNorm(config.norm_floor, config.norm_max) if config.dynamic_norm else None
+        self.kd_tokens = config.token_frac * schedule.total_tokens(sched)
         self.stop_step: int | None = None
+        self.streak = 0  # validations in a row within the margin
 
     @property
     def active(self) -> bool:
         return self.stop_step is None
 
-    def loss(
-        self, hidden: Tensor, student: GPT, batch: Batch, *, measure_share: bool = False, **options
-    ) -> DistillLoss:
-        """The training loss while KD is active; `options` are distill_loss's that CE has too.
+    def micro_batches(self, step: int, num_micro: int) -> int:
+        """How many of a step's micro-batches, from its first, have a teacher."""
+        if not self.active or step % self.config.every:
+            return 0
+        return min(self.config.micro_batches or num_micro, num_micro)
+
+    def alpha(self, step: int, tokens: int) -> float:
+        """Weight of the KD term in this step, before which `tokens` were trained."""
+        if self.config.alpha_schedule == "linear":
+            return self.config.alpha * max(0.0, 1.0 - tokens / self.kd_tokens)
+        if self.config.alpha_schedule == "lr":
+            return self.config.alpha * schedule.base_lr(self.sched, step) / max(self.sched.batch_lr)
+        return self.config.alpha
+
+    def loss(self, hidden: Tensor, student: GPT, batch: Batch, *, alpha: float, **options) -> DistillLoss:
+        """The training loss of a micro-batch that has a teacher; `options` are distill_loss's.
 
         With `infer_only` the teacher runs and its answer is dropped.
         """
@@ -41,28 +60,43 @@ class KDController:
             student.head_weight,
             target,
             batch.labels,
-            hard_weight=1.0 - self.config.alpha,
-            soft_weight=self.config.alpha,
+            hard_weight=1.0 - alpha,
+            soft_weight=alpha,
             temperature=self.config.temperature,
+            token_stride=self.config.token_stride,
             norm=self.norm,
-            measure_share=measure_share,
             **options,
         )
 
-    def observe(self, step: int, val_loss: float) -> bool:
-        """Take note of a validation; True if it stops KD. An `infer_only` control keeps its teacher to the end."""
+    def advance(self, step: int, tokens: int) -> str | None:
+        """Before each step: why KD stops here, or None. An `infer_only` control keeps its teacher to the end."""
+        if not self.active or self.config.infer_only:
+            return None
+        if tokens >= self.kd_tokens:
+            self.stop_step = step
+            return f"{self.config.token_frac:g} of the tokens are trained"
+        if self.config.stop_mode == "step" and step >= self.config.stop_frac * self.sched.horizon:
+            self.stop_step = step
+            return f"{self.config.stop_frac:g} of the horizon"
+        return None
+
+    def observe(self, step: int, val_loss: float) -> str | None:
+        """Take note of a validation: why KD stops here, or None."""
+        if not self.active or self.config.infer_only or self.config.stop_mode != "val_margin":
+            return None
         reached = val_loss <= self.teacher_val + self.config.stop_margin
-        if not self.active or self.config.infer_only or step < self.config.stop_min_step or not reached:
-            return False
+        self.streak = self.streak + 1 if reached and step >= self.config.stop_min_step else 0
+        if self.streak < self.config.stop_consecutive:
+            return None
         self.stop_step = step
-        return True
+        return f"within {self.config.stop_margin:g} of the teacher's {self.teacher_val:.4f}"
 
     def state(self) -> dict:
         """JSON-able state for resuming; the factor as hex, so that it comes back to the bit."""
         factor = None if self.norm is None or self.norm.factor is None else self.norm.factor.item().hex()
-        return {"stop_step": self.stop_step, "norm_factor": factor}
+        return {"stop_step": self.stop_step, "streak": self.streak, "norm_factor": factor}
 
     def load_state(self, state: dict, device: str) -> None:
-        self.stop_step = state["stop_step"]
+        self.stop_step, self.streak = state["stop_step"], state["streak"]
         if self.norm is not None and state["norm_factor"] is not None:
             self.norm.factor = torch.tensor(float.fromhex(state["norm_factor"]), device=device)

@@ -50,7 +50,7 @@ The student, its data and its schedule are locked in another way: each is set on
 brackets. Where it is empty the seed fixes the value in its code, or has nothing like it.
 """
 MISTAKES = (
-    "kd.alpa: unknown key; allowed here: alpha, dynamic_norm, ...",
+    "kd.alpa: unknown key; allowed here: alpha, alpha_schedule, ...",
     "kd.alpha: 'x' is not allowed; allowed: a value of type number",
     "kd.alpha: this key is missing",
 )

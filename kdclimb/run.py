@@ -231,7 +231,7 @@ class _Attempt:
         }
         if trainer is None:
             return row
-        flops, teacher_flops = trainer.flops_per_token(kd_on=trainer.kd is not None)
+        flops, teacher_flops = trainer.flops_per_token()
         row |= {
             "steps": trainer.step,
             "tokens": trainer.tokens,
@@ -275,7 +275,7 @@ def _step_times(trainer: Trainer) -> dict:
     if trainer.config.clock == "measured" and trainer.device == "cuda":
         peak = next((v for name, v in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None)
         if peak and trainer.kd is None:
-            flops = trainer.tokens * trainer.flops_per_token(False)[0]
+            flops = trainer.tokens * trainer.flops_per_token()[0]
             row["mfu"] = flops / (trainer.time_ms * 1e9 * peak)
     return row
 

@@ -18,6 +18,11 @@ def batch_tokens(schedule: ScheduleConfig, step: int) -> int:
     return schedule.batch_tokens[stage(schedule, step)]
 
 
+def total_tokens(schedule: ScheduleConfig) -> int:
+    """Tokens of a run over its whole horizon."""
+    return sum(batch_tokens(schedule, step) for step in range(schedule.horizon))
+
+
 def windows(schedule: ScheduleConfig, step: int) -> tuple[tuple[int, int] | None, tuple[int, ...]]:
     """What `GPT.set_windows` takes: (short, long) of `step`, and the long windows of all steps so far.
 

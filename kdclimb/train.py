@@ -40,14 +40,18 @@ def compiled_graphs() -> int:
     return 0 if dynamo is None else dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def _on_host(losses: list[DistillLoss], grad_norm: torch.Tensor) -> dict[str, float]:
-    """Means over the micro-batches, the first one's kd_share, and the gradient's norm."""
+def _on_host(losses: list[DistillLoss], with_teacher: int, grad_norm: torch.Tensor) -> dict[str, float]:
+    """Means over the micro-batches, of KD's terms over those with a teacher; the first kd_share; the gradient norm."""
     names = ("hard", "soft", "norm_factor", "kd_share")
     table = torch.stack([torch.stack([getattr(loss, name).double() for name in names]) for loss in losses])
     *values, norm = torch.cat([table.flatten(), grad_norm.double()[None]]).tolist()
-    columns = [values[i :: len(names)] for i in range(len(names))]
-    means = {name: statistics.fmean(column) for name, column in zip(names, columns, strict=True)}
-    return means | {"kd_share": columns[3][0], "grad_norm": norm}
+    hard, *of_kd = (values[i :: len(names)] for i in range(len(names)))
+    means = {"hard": statistics.fmean(hard), "grad_norm": norm}
+    if with_teacher:
+        soft, factor, share = of_kd
+        means |= {"soft": statistics.fmean(soft[:with_teacher]), "norm_factor": statistics.fmean(factor[:with_teacher])}
+        means["kd_share"] = share[0]
+    return means
 
 
 class Diverged(RuntimeError):
@@ -91,16 +95,18 @@ class Trainer:
             self.model = GPT(self.config.model, **self.options)
         self.optimizers = Optimizers(self.model, self.config.optim, compiled=self.options["compiled"])
         self.stream = self.dataset.train_stream(self.config.seed, self.config.schedule.max_doc_tokens)
-        self.kd = None if self.teacher is None else KDController(self.config.kd, *self.teacher)
+        self.kd = None if self.teacher is None else KDController(self.config.kd, *self.teacher, self.config.schedule)
         self.step, self.tokens, self.time_ms, self.broken, self.recompiles = 0, 0, 0.0, 0, 0
         self.steps: list[dict] = []
         self.vals: list[dict] = []
 
     def warm_up(self) -> None:
         """Run every path that the clock will see, with and without the teacher, then start afresh."""
-        for kd_on in (True, False) if self.kd else (False,):
+        for with_teacher in (True, False) if self.kd else (False,):
+            if self.kd and not with_teacher:
+                self.kd.stop_step = self.step
             for _ in range(max(WARMUP_STEPS, self.config.optim.adam.every)):  # so that Adam steps too
-                self.train_step(kd_on=kd_on)
+                self.train_step()
         self.reset()
 
     def train(self, checkpoint, should_stop, progress) -> None:
@@ -113,9 +119,10 @@ class Trainer:
         while self.step < stop:
             if self.step == untie:
                 self.optimizers.untie()
-            kd_on = self.kd is not None and self.kd.active
-            with self.clock(kd_on):
-                row = self.train_step(kd_on=kd_on)
+            if self.kd is not None and (why := self.kd.advance(self.step, self.tokens)):
+                progress.report(f"KD stops at step {self.step}: {why}")
+            with self.clock():
+                row = self.train_step()
             self.recompiles += compiled_graphs() - graphs
             self.steps.append(row | {"step": self.step, "tokens": self.tokens, "train_time_ms": self.time_ms})
             progress.update(1)
@@ -130,7 +137,7 @@ class Trainer:
                 raise Interrupted
             graphs = compiled_graphs()  # a validation may compile: it is outside the clock
 
-    def train_step(self, *, kd_on: bool) -> dict:
+    def train_step(self) -> dict:
         """One optimiser step; returns its row for steps.csv, less step, tokens and time."""
         sched = self.config.schedule
         num_tokens = schedule.batch_tokens(sched, self.step)
@@ -139,14 +146,16 @@ class Trainer:
         weights = torch.tensor(schedule.mtp_weights(sched, self.step))
         options = {"head_dtype": sched.head_dtype, "student_softcap": self.model.softcap}
         options["mtp_weights"] = None if len(weights) == 1 else to_device(weights, self.device)
-        losses = []
+        with_teacher = self.kd.micro_batches(self.step, num_micro) if self.kd else 0
+        alpha = self.kd.alpha(self.step, self.tokens) if with_teacher else 0.0
         measure_share = self.step % SHARE_EVERY == 0
+        losses = []
         for micro in range(num_micro):
             batch = self.stream.next_batch(sched.micro_batch_tokens, self.device)
             hidden = self.model(batch.inputs, batch.documents)
-            if kd_on:
+            if micro < with_teacher:
                 share = measure_share and micro == 0
-                loss = self.kd.loss(hidden, self.model, batch, measure_share=share, **options)
+                loss = self.kd.loss(hidden, self.model, batch, alpha=alpha, measure_share=share, **options)
             else:
                 loss = distill_loss(hidden, self.model.head_weight, None, batch.labels, **options)
             (loss.total / num_micro).backward()
@@ -163,14 +172,14 @@ class Trainer:
         )
         self.step += 1
         self.tokens += num_tokens
-        measured = _on_host(losses, grad_norm)  # the step's one wait for the device
+        measured = _on_host(losses, with_teacher, grad_norm)  # the step's one wait for the device
         row = {"lr_mult": mult, "batch_tokens": num_tokens}
         row |= {"loss_hard": measured["hard"], "grad_norm": measured["grad_norm"]}
         if self.model.windows[0] is not None:
             row |= dict(zip(("window_short", "window_long"), self.model.windows[0], strict=True))
         if self.kd is not None:
-            row["kd_active"] = int(kd_on)
-            if kd_on and not self.config.kd.infer_only:
+            row["kd_active"] = int(with_teacher > 0)
+            if with_teacher and not self.config.kd.infer_only:
                 row |= {"loss_soft": measured["soft"], "kd_norm": measured["norm_factor"]}
                 if measure_share:
                     row["kd_share"] = measured["kd_share"]
@@ -189,16 +198,17 @@ class Trainer:
         progress.report(
             f"step {self.step}/{self.config.schedule.stop_step} val_loss {val_loss:.4f} {self.time_ms / 1e3:.1f} s"
         )
-        if self.kd is not None and self.kd.observe(self.step, val_loss):
-            margin = self.config.kd.stop_margin
-            progress.report(f"KD stops at step {self.step}: within {margin} of the teacher's {self.kd.teacher_val:.4f}")
+        if self.kd is not None and (why := self.kd.observe(self.step, val_loss)):
+            progress.report(f"KD stops at step {self.step}: {why}")
 
     # ---- time
 
     @contextmanager
-    def clock(self, kd_on: bool):
-        """Add the time of the body to `time_ms`: measured, or charged by its FLOPs."""
-        before = self.tokens
+    def clock(self):
+        """Add the time of a step, the body, to `time_ms`: measured, or charged by its FLOPs."""
+        before, sched = self.tokens, self.config.schedule
+        num_micro = schedule.batch_tokens(sched, self.step) // sched.micro_batch_tokens
+        share = self.kd.micro_batches(self.step, num_micro) / num_micro if self.kd else 0.0
         started = time.perf_counter()
         yield
         if self.config.clock == "measured":
@@ -206,13 +216,14 @@ class Trainer:
                 torch.cuda.synchronize()
             self.time_ms += 1e3 * (time.perf_counter() - started)
         else:
-            flops = (self.tokens - before) * sum(self.flops_per_token(kd_on))
+            student, teacher = self.flops_per_token()
+            flops = (self.tokens - before) * (student + share * teacher)
             self.time_ms += flops / (self.config.modelled_tflops * 1e9)
 
-    def flops_per_token(self, kd_on: bool) -> tuple[float, float]:
+    def flops_per_token(self) -> tuple[float, float]:
         """(student forward and backward, teacher forward). A document's mean context is taken as half its longest."""
         context = self.config.schedule.max_doc_tokens / 2
-        teacher = self.kd.teacher.flops_per_token(context, backward=False) if kd_on else 0.0
+        teacher = self.kd.teacher.flops_per_token(context, backward=False) if self.kd else 0.0
         return self.model.flops_per_token(context, backward=True), teacher
 
     # ---- resuming

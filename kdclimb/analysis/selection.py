@@ -20,8 +20,7 @@ from kdclimb.analysis.tables import (
 )
 from kdclimb.analysis.targets import SCREEN_COLUMNS
 from kdclimb.artifacts import FILES, write_json
-from kdclimb.config import ScheduleConfig
-from kdclimb.schedule import batch_tokens
+from kdclimb.schedule import total_tokens
 
 PROBE_COLUMNS = tuple(
     "candidate run_id status reason steps horizon probe_step_ms projected_ms params_stored params_active "
@@ -33,11 +32,6 @@ TRAINED_COLUMNS = ("candidate", *RUN_COLUMNS, *EARLY_COLUMNS, "missing_artifacts
 WEIGHTS = ("checkpoints/model.safetensors", "checkpoints/model.json")
 ELSEWHERE = "checkpoints/model.safetensors.elsewhere"  # beside model.json: the run left its weights where it was made
 SELECTED_KEYS = ("run_id", "candidate", "final_val", "best_val", "train_time_ms", "budget_ms", "reason")
-
-
-def total_tokens(schedule: ScheduleConfig) -> int:
-    """Tokens of a run over its whole horizon."""
-    return sum(batch_tokens(schedule, step) for step in range(schedule.horizon))
 
 
 def teacher_probe(runs: list[RunFolder], out: Path) -> None:

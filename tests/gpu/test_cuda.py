@@ -309,7 +309,29 @@ def test_ce_teacher_and_kd_run_on_the_gpu(manifest, tmp_path):
     assert float(summary["final_val"]) < float(vals[0]["val_loss"]) - 1.0
     assert float(summary["peak_alloc_gib"]) > 0 and float(summary["train_time_ms"]) > 0
     teacher, *_ = train(config(num_layers=1, num_heads=2), manifest, tmp_path)
-    kd = KDConfig(teacher.name, False, False, 0.5, 1.0, True, 0.05, 20.0, 0.05, 25, 0.7, 10)
+    kd = KDConfig(
+        teacher=teacher.name,
+        random_teacher=False,
+        infer_only=False,
+        alpha=0.5,
+        alpha_schedule="constant",
+        temperature=1.0,
+        dynamic_norm=True,
+        norm_floor=0.05,
+        norm_max=20.0,
+        token_frac=1.0,
+        every=1,
+        micro_batches=0,
+        token_stride=1,
+        stop_mode="val_margin",
+        stop_margin=0.05,
+        stop_min_step=25,
+        stop_consecutive=2,
+        stop_frac=0.5,
+        teacher_val=None,
+        post_stop_lr=0.7,
+        post_stop_blend_steps=10,
+    )
     out, status, kd_summary, kd_vals = train(config(kd=kd), manifest, tmp_path, teacher / "checkpoints")
     assert (status["kernel"], status["recompiles"]) == ("triton", 0)
     # teacher_kl at step 0 is against an untrained student; KD brings it down

@@ -115,6 +115,8 @@ def _others(old):
         return [(*old[:-1], new) for new in _others(old[-1])] if old else [(2, 4)]
     if isinstance(old, bool):
         return [not old]
+    if old is None:
+        return [4.5]
     return (
         [old * 2]
         if isinstance(old, str)

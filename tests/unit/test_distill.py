@@ -79,22 +79,64 @@ def test_a_random_teacher_has_the_shape_but_not_the_knowledge(teacher_folder, va
     assert torch.equal(teacher.embed, again.embed) and not torch.equal(teacher.embed, other.embed)
 
 
-def test_kd_stops_once_within_the_margin_and_not_before_its_step(kd_config, teacher_folder, val_batches):
-    teacher, val = load_teacher(teacher_folder, val_batches, {}, **OPTIONS)
-    config = dataclasses.replace(kd_config.kd, stop_margin=0.05, stop_min_step=25)
-    kd = KDController(config, teacher, val)
-    assert not kd.observe(24, val - 1.0)  # too early
-    assert not kd.observe(25, val + 0.051)  # not near enough
+def test_kd_stops_once_within_the_margin_twice_and_not_before_its_step(kd_config):
+    kd = controller(kd_config, stop_margin=0.05, stop_min_step=25, stop_consecutive=2)
+    assert not kd.observe(24, VAL - 1.0)  # too early, and so no first of two
+    assert not kd.observe(25, VAL + 0.05)
+    assert not kd.observe(50, VAL + 0.051)  # not near enough: the one before was noise
+    assert not kd.observe(75, VAL + 0.05)
     assert kd.active
-    assert kd.observe(50, val + 0.05)
-    assert kd.stop_step == 50 and not kd.active
-    assert not kd.observe(75, val - 1.0) and kd.stop_step == 50  # off for good
+    assert "within 0.05 of the teacher's" in kd.observe(100, VAL + 0.05)
+    assert kd.stop_step == 100 and not kd.active
+    assert not kd.observe(125, VAL - 1.0) and kd.stop_step == 100  # off for good
 
 
-def test_controller_state_survives_json_to_the_bit(kd_config, teacher_folder, val_batches):
-    teacher, val = load_teacher(teacher_folder, val_batches, {}, **OPTIONS)
-    kd, other = (KDController(kd_config.kd, teacher, val) for _ in range(2))
+def test_a_given_reference_moves_the_stop_and_does_not_prevent_it(kd_config):
+    kd = controller(kd_config, stop_margin=0.0, stop_consecutive=1, teacher_val=VAL - 0.5)
+    assert not kd.observe(50, VAL) and kd.observe(75, VAL - 0.5)
+
+
+def test_kd_stops_by_tokens_by_step_or_not_at_all(kd_config):
+    sched = kd_config.schedule  # 75 steps: 38 of 256 tokens, then 37 of 512
+    kd = controller(kd_config, token_frac=0.25, stop_mode="none")
+    tokens = 0.25 * (38 * 256 + 37 * 512)
+    assert not kd.advance(20, tokens - 1) and kd.active
+    assert "0.25 of the tokens" in kd.advance(28, tokens) and kd.stop_step == 28
+    kd = controller(kd_config, stop_mode="step", stop_frac=0.2)
+    assert not kd.advance(14, 0) and not kd.observe(25, VAL - 9.0)
+    assert "0.2 of the horizon" in kd.advance(15, 0) and kd.stop_step == 15
+    kd = controller(kd_config, stop_mode="none")
+    assert not kd.observe(50, VAL - 9.0) and not kd.advance(74, 10**9 // 10**6) and kd.active
+    control = controller(kd_config, infer_only=True, stop_mode="step", stop_frac=0.0, token_frac=0.1)
+    assert not control.advance(sched.horizon, 10**9) and control.active
+
+
+def test_a_teacher_for_some_steps_and_micro_batches(kd_config):
+    kd = controller(kd_config, every=3, micro_batches=2)
+    assert [kd.micro_batches(step, 4) for step in range(7)] == [2, 0, 0, 2, 0, 0, 2]
+    assert kd.micro_batches(0, 1) == 1 and controller(kd_config, micro_batches=0).micro_batches(0, 4) == 4
+    kd.stop_step = 3
+    assert kd.micro_batches(3, 4) == 0
+
+
+def test_alphas_schedules_by_hand(kd_config):
+    kd = controller(kd_config, alpha=0.6, alpha_schedule="linear", token_frac=0.5)
+    assert [kd.alpha(0, share * kd.kd_tokens) for share in (0.0, 0.5, 1.0, 1.5)] == pytest.approx([0.6, 0.3, 0.0, 0.0])
+    kd = controller(kd_config, alpha=0.6, alpha_schedule="lr")  # its LR is 1, then 1.2, then falls to the floor of 0.1
+    assert [kd.alpha(step, 0) for step in (0, 75)] == pytest.approx([0.6 / 1.2, 0.6 * 0.1 / 1.2])
+    assert controller(kd_config, alpha=0.6, alpha_schedule="constant").alpha(70, 10**9) == 0.6
+
+
+VAL = 5.0  # nats: the teacher's
+
+
+def controller(kd_config, **changes):
+    return KDController(dataclasses.replace(kd_config.kd, **changes), None, VAL, kd_config.schedule)
+
+
+def test_controller_state_survives_json_to_the_bit(kd_config):
+    kd, other = (controller(kd_config) for _ in range(2))
     kd.norm.factor = torch.tensor(1 / 3)
-    kd.stop_step = 50
+    kd.stop_step, kd.streak = 50, 1
     other.load_state(json.loads(json.dumps(kd.state())), "cpu")
-    assert other.norm.factor.equal(kd.norm.factor) and other.stop_step == 50
+    assert other.norm.factor.equal(kd.norm.factor) and (other.stop_step, other.streak) == (50, 1)

@@ -70,7 +70,7 @@ def test_tables_have_as_many_cells_in_each_row():
 @pytest.mark.parametrize(
     ("key", "row"),
     [
-        ("kd.stop_margin", "number, at least 0 | nats | `0.05` | KD_STOP_MARGIN | KD stops for good once"),
+        ("kd.stop_margin", "number, at least 0 | nats | `0.05` | KD_STOP_MARGIN | With val_margin: KD stops once"),
         ("kd.alpha", "number, above 0, at most 1 | fraction of the loss | `0.5` | 1 - KD_ALPHA | Weight of the KD"),
         ("train.seeds", "list, 1 or more, all different, each: integer, at least 0 | | `[0, 1]` | | Seeds of"),
         (

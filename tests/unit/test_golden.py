@@ -63,7 +63,7 @@ def test_the_first_losses_are_the_golden_ones(arm, tiny_runs, manifest, teacher_
     torch.set_num_threads(1)
     config = next(r.config for r in tiny_runs if r.arm == arm)
     trainer = Trainer(config, Dataset(manifest), teacher_folder if config.kd else None, "reference")
-    steps = [trainer.train_step(kd_on=config.kd is not None) for _ in range(STEPS)]
+    steps = [trainer.train_step() for _ in range(STEPS)]
     losses = [step["loss_hard"] for step in steps]
     print([float(f"{loss:.6g}") for loss in losses])
     assert losses == pytest.approx(LOSSES[arm], rel=1e-3)

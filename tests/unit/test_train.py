@@ -336,7 +336,9 @@ def test_no_graph_is_made_inside_the_clock(tiny_runs, manifest, teacher_folder, 
     monkeypatch.setattr(optim_module, "_compiled", functools.cache(lambda f: torch.compile(f, **options)))
     monkeypatch.setattr(Documents, "of", Documents.padded)
     config = pick(tiny_runs, "kd")
-    config = dataclasses.replace(config, kd=dataclasses.replace(config.kd, stop_margin=9.0, stop_min_step=50))
+    config = dataclasses.replace(
+        config, kd=dataclasses.replace(config.kd, stop_margin=9.0, stop_min_step=50, stop_consecutive=1)
+    )
     trainer = Trainer(config, Dataset(manifest), teacher_folder, "torch_varlen")
     before = compiled_graphs()
     trainer.options["compiled"] = True
