@@ -1,7 +1,9 @@
-"""What a config means and what it would run; and forgetting results, so that the next ./run makes them again.
+"""What a config means and what it would run; teachers from elsewhere; and forgetting results, so that the next ./run
+makes them again.
 
 python -m kdclimb explain kd.stop_margin              # one key; a section lists its keys
 python -m kdclimb plan --configfile config/h100.yaml  # runs, tokens and time, before anything runs
+python -m kdclimb import-teacher state_best.pt --layers 3 --heads 6 --windows-passed 3 --cost-ms 56600  # the seed's
 python -m kdclimb retry --status oom                  # every run that ended out of memory
 python -m kdclimb retry --run ce-3x128-100-s0-...     # this run, however it ended
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -19,6 +22,7 @@ from kdclimb.analysis.tables import AnalysisError
 from kdclimb.artifacts import write_text
 from kdclimb.campaign import load, schema_path
 from kdclimb.config import ConfigError
+from kdclimb.imported import PREFIX
 
 STATUSES = ("ok", "diverged", "oom", "failed", "interrupted")
 
@@ -39,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     what.add_argument("key", metavar="KEY", nargs="?", default="", help="such as kd.alpha, or a section (default: all)")
     what.add_argument("--write", action="store_true", help="write config/README.md anew from config/schema.yaml")
     commands.add_parser("plan", help="what a config would run, before anything runs", parents=[config, results])
+    _add_import(commands, [config, results])
     retry = commands.add_parser(
         "retry", help="forget results, so that the next ./run makes them again", parents=[results]
     )
@@ -48,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.command == "retry":
         return forget(args.results, args.status, args.run)
+    if args.command == "import-teacher":
+        return bring(args, sys.argv[1:] if argv is None else argv)
     try:
         print(tell(args) if args.command == "explain" else foresee(args.configfile, args.results))
     except (ConfigError, AnalysisError, OSError) as error:
@@ -70,12 +77,65 @@ def foresee(files: list[Path], results: Path) -> str:
     return plan.plan(load(explain.read_config(files), root), root, results)
 
 
+def _add_import(commands, parents: list[argparse.ArgumentParser]) -> None:
+    """The flags of import-teacher: the checkpoint holds no architecture, no windows and no cost, so they are named."""
+    about = "make a teacher of a checkpoint that the seed's trainer saved; --configfile names the data to measure it on"
+    parser = commands.add_parser("import-teacher", help=about, description=about, parents=parents)
+    parser.add_argument("file", metavar="FILE", type=Path, help="such as state_best.pt")
+    parser.add_argument("--layers", type=int, required=True)
+    parser.add_argument("--heads", type=int, required=True)
+    parser.add_argument("--head-dim", type=int, default=128, help="(default: 128)")
+    parser.add_argument("--vocab-size", type=int, default=50304, help="padded (default: 50304)")
+    parser.add_argument("--bigram-vocab-size", type=int, default=251520, help="BIGRAM_VOCAB_SIZE (default: 251520)")
+    trained = parser.add_mutually_exclusive_group(required=True)
+    passed = "how many of the long windows 384, 896, 1408, 1664 (three stages, extension) it was trained through"
+    trained.add_argument("--windows-passed", type=int, choices=(1, 2, 3, 4), metavar="N", help=passed)
+    trained.add_argument("--long-windows", type=int, nargs="+", metavar="TOKENS", help="these instead, in order")
+    used = "windows to run it with, such as 768 2560 (default: the last that it was trained with)"
+    parser.add_argument("--windows", type=int, nargs=2, metavar=("SHORT", "LONG"), help=used)
+    parser.add_argument("--cost-ms", type=float, required=True, metavar="MS", help="training time it is charged with")
+    parser.add_argument("--name", help="for its run id (default: from the file's name)")
+
+
+def bring(args: argparse.Namespace, argv: list[str]) -> int:
+    """Import a teacher; 1, with a word on stderr, if something is not as it should be."""
+    from kdclimb import import_teacher as importing  # here, since torch takes seconds
+
+    root = schema_path().parent.parent
+    files = " ".join(map(str, args.configfile))
+    try:
+        long_windows, windows = importing.choose_windows(args.windows_passed, args.long_windows, args.windows)
+        folder = importing.import_teacher(
+            args.file,
+            importing.Shape(args.layers, args.heads, args.head_dim, args.vocab_size, args.bigram_vocab_size),
+            load(explain.read_config(args.configfile), root),
+            root,
+            args.results,
+            name=args.name or importing.slug(args.file),
+            cost_ms=args.cost_ms,
+            long_windows=long_windows,
+            windows=windows,
+            command=f"PYTHONPATH=. python -m kdclimb {shlex.join(argv)}",
+            configfiles=files,
+            report=lambda text: print(text, file=sys.stderr),
+        )
+    except (ValueError, OSError) as error:
+        print(f"import-teacher: {error}", file=sys.stderr)
+        return 1
+    print(f"imported: {folder}\nto let it stand for teacher: teacher: {{imported: [{folder.name}]}}")
+    return 0
+
+
 def forget(results: Path, status: str | None, run_id: str | None) -> int:
-    """Delete the folders of the runs with this status or id; 1, with a word on stderr, if there is none.
+    """Delete the folders of the runs with this status or id; 1, with a word on stderr, if there is none. Imported
+    teachers stay: no ./run makes them again.
 
     With them go the campaigns' tables that name such a run, and those campaigns' report pages: Snakemake makes a
     missing file again only if something that it was asked for is missing too.
     """
+    if run_id and run_id.startswith(PREFIX):
+        print(f"kdclimb retry: {run_id} was imported, not trained: import-teacher makes it again", file=sys.stderr)
+        return 1
     folders = [file.parent for file in sorted(results.glob("runs/*/status.json")) if _matches(file, status, run_id)]
     if not folders:
         asked = f"status {status}" if status else f"id {run_id}"
@@ -95,7 +155,9 @@ def forget(results: Path, status: str | None, run_id: str | None) -> int:
 
 
 def _matches(file: Path, status: str | None, run_id: str | None) -> bool:
-    return file.parent.name == run_id if run_id else json.loads(file.read_text())["status"] == status
+    if run_id:
+        return file.parent.name == run_id
+    return not file.parent.name.startswith(PREFIX) and json.loads(file.read_text())["status"] == status
 
 
 if __name__ == "__main__":
