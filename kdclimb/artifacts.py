@@ -141,7 +141,7 @@ class DeviceLease:
         name = "".join(c if c.isalnum() else "-" for c in device)
         self.path = Path(tempfile.gettempdir()) / f"kdclimb-{os.getuid()}-{name}.lock"
         self.contended = self.path.with_suffix(".contended")
-        self.start = time.time()
+        self.start = time.time_ns()
         self.file = self.path.open("w")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -149,6 +149,8 @@ class DeviceLease:
         except BlockingIOError:
             self.refused = True
             self.contended.touch()
+            now = time.time_ns()  # a file system's own clock lags a few ms, and so could set a time before the start
+            os.utime(self.contended, ns=(now, now))
 
     def __enter__(self) -> DeviceLease:
         return self
@@ -157,7 +159,7 @@ class DeviceLease:
         self.file.close()
 
     def shared(self) -> bool:
-        return self.refused or (self.contended.exists() and self.contended.stat().st_mtime >= self.start)
+        return self.refused or (self.contended.exists() and self.contended.stat().st_mtime_ns >= self.start)
 
 
 def plot_run(folder: Path, run_id: str, steps: list[dict], vals: list[dict]) -> None:

@@ -39,6 +39,7 @@ from kdclimb.imported import COMMAND, read_config
 
 LOCKED_VALIDATION_EVERY = 25  # steps
 LOCKED_BUDGET_FRACTION = 0.10
+LAYER_LISTS = ("long_layers", "attention_free_layers", "paired_layers", "value_layers", "skip", "backout")
 DECISIONS = ("projected", "selected", "promoted")  # what expand() needs to know, in the order it is decided
 
 
@@ -72,6 +73,19 @@ class StudentSection:
     bigram_vocab_size: int
     untie_frac: float
     softcap: tuple[float, ...]
+    attention_scale: float
+    long_layers: tuple[int, ...]
+    attention_free_layers: tuple[int, ...]
+    paired_layers: tuple[int, ...]
+    value_layers: tuple[int, ...]
+    skip: tuple[int, ...]
+    backout: tuple[int, ...]
+    x0: bool
+    attention_gate: bool
+    key_offset: bool
+    smear: bool
+    qkvo_factors: bool
+    yarn: bool
 
 
 @dataclass(frozen=True)
@@ -85,6 +99,11 @@ class TrainSection:
     cooldown_frac: float
     lr_floor: float
     extension_frac: float
+    windows: tuple[tuple[int, ...], ...]
+    extension_windows: tuple[int, ...]
+    final_windows: tuple[int, ...]
+    mtp_weights: tuple[tuple[float, ...], ...]
+    head_dtype: str
 
 
 @dataclass(frozen=True)
@@ -110,6 +129,7 @@ class Candidate:
 class TeacherSection:
     exploratory: bool
     bigram_vocab_size: int
+    value_layers: tuple[int, ...]
     probe_steps: int
     candidates: tuple[Candidate, ...]
     imported: tuple[str, ...]  # run ids
@@ -388,6 +408,11 @@ def grid_points(grid: GridSection) -> list[Point]:
     return points
 
 
+def _from_start(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """Layers counted from the start, where -1 is the last one."""
+    return tuple(i + num_layers if i < 0 else i for i in layers)
+
+
 class _Expansion:
     """Builds run configs that differ only in what their arm is about."""
 
@@ -397,17 +422,31 @@ class _Expansion:
         self.first, self.last = train.horizons[0], train.horizons[-1]
         self.data = DataRef(data, campaign.data.vocab_size)
 
-    def model(self, shape, bigram_vocab_size: int) -> ModelConfig:
-        student = self.campaign.student
-        return ModelConfig(
-            vocab_size=self.campaign.data.vocab_size,
-            num_layers=shape.num_layers,
-            num_heads=shape.num_heads,
-            head_dim=shape.head_dim,
-            bigram_vocab_size=bigram_vocab_size,
-            untie_frac=student.untie_frac,
-            softcap=student.softcap,
-        )
+    def student(self) -> ModelConfig:
+        student, layers = self.campaign.student, self.campaign.student.num_layers
+        counted = {name: _from_start(getattr(student, name), layers) for name in LAYER_LISTS}
+        return ModelConfig(vocab_size=self.data.vocab_size, **dataclasses.asdict(student) | counted)
+
+    def teacher(self, shape: Candidate) -> ModelConfig:
+        """The student's parts at the candidate's shape, as far as it has such layers; tables are the teacher's own.
+
+        Attention-free layers, skip and backout fit one depth and are left out: a teacher costs what its shape says.
+        """
+        student, section, layers = self.campaign.student, self.campaign.teacher, shape.num_layers
+        lists = {name: getattr(student, name) for name in ("long_layers", "paired_layers")}
+        lists["value_layers"] = section.value_layers
+        counted = {
+            name: tuple(dict.fromkeys(i for i in _from_start(values, layers) if 0 <= i < layers))
+            for name, values in lists.items()
+        }
+        changes = {
+            "attention_free_layers": (),
+            "skip": (),
+            "backout": (),
+            "bigram_vocab_size": section.bigram_vocab_size,
+        }
+        shapes = {"num_layers": layers, "num_heads": shape.num_heads, "head_dim": shape.head_dim}
+        return ModelConfig(vocab_size=self.data.vocab_size, **dataclasses.asdict(student) | counted | changes | shapes)
 
     def run(self, arm, label, *, horizon, seed, model=None, stop_step=None, boost=None, kd=None) -> Run:
         campaign, train = self.campaign, self.campaign.train
@@ -421,11 +460,16 @@ class _Expansion:
             cooldown_frac=train.cooldown_frac,
             lr_floor=train.lr_floor,
             extension_frac=train.extension_frac,
+            windows=train.windows,
+            extension_windows=train.extension_windows,
+            final_windows=train.final_windows,
+            mtp_weights=train.mtp_weights,
+            head_dtype=train.head_dtype,
             lr_boost=boost,
         )
         modelled = campaign.budget.clock == "modelled"
         config = RunConfig(
-            model=model or self.model(campaign.student, campaign.student.bigram_vocab_size),
+            model=model or self.student(),
             data=self.data,
             optim=campaign.optim,
             schedule=schedule,
@@ -454,7 +498,7 @@ class _Expansion:
         section, seed = self.campaign.teacher, self.campaign.train.seeds[0]
         runs = []
         for c in candidates:
-            model = self.model(c, section.bigram_vocab_size)
+            model = self.teacher(c)
             stop = section.probe_steps if arm == "probe" else None
             runs.append(self.run(arm, c.name, horizon=c.steps, seed=seed, model=model, stop_step=stop))
         return runs

@@ -76,15 +76,29 @@ class ModelConfig:
     num_layers: int
     num_heads: int
     head_dim: int
-    bigram_vocab_size: int  # rows of the hashed bigram table; 2 = practically none
+    bigram_vocab_size: int  # rows of the hashed bigram table; 0 for none
     untie_frac: float  # head tied to the embedding before this fraction of the horizon; 0 untied, 1 tied for good
     softcap: tuple[float, ...]  # (a, b, c) of a*sigmoid((z+b)/c)
+    attention_scale: float  # softmax scale at head_dim 128, before YaRN; times sqrt(128 / head_dim)
+    long_layers: tuple[int, ...]  # layers that look through the long window; the others look through the short one
+    attention_free_layers: tuple[int, ...]  # layers that are an MLP alone
+    paired_layers: tuple[int, ...]  # layers whose heads attend in pairs
+    value_layers: tuple[int, ...]  # layers with a table of value embeddings
+    skip: tuple[int, ...]  # (from, to): layer `to` is given the output of layer `from` through a gate; or ()
+    backout: tuple[int, ...]  # (layer,), whose output is in part taken off the last one's; or ()
+    x0: bool  # learned factors of the residual stream and of the first hidden state, in each layer
+    attention_gate: bool  # a gate on the output of each head
+    key_offset: bool  # in long layers, unless paired, non-rotating dimensions of the keys come from the token before
+    smear: bool  # a gate to the embedding of the token before
+    qkvo_factors: bool  # learned factors of the attention's weights
+    yarn: bool  # stretch the rotary frequencies when the long window changes
 
     def __post_init__(self) -> None:
         require(self.num_layers >= 1, "num_layers", self.num_layers, "1 or more")
         require(self.num_heads >= 2 and self.num_heads % 2 == 0, "num_heads", self.num_heads, "an even number")
         require(self.head_dim >= 4 and self.head_dim % 4 == 0, "head_dim", self.head_dim, "a multiple of 4")
-        require(self.bigram_vocab_size >= 2, "bigram_vocab_size", self.bigram_vocab_size, "2 or more")
+        rows = self.bigram_vocab_size
+        require(rows == 0 or rows >= 2, "bigram_vocab_size", rows, "0 for none, or 2 or more")
         require(0.0 <= self.untie_frac <= 1.0, "untie_frac", self.untie_frac, "0 to 1")
         require(
             len(self.softcap) == 3 and self.softcap[0] > 0 and self.softcap[2] > 0,
@@ -92,6 +106,18 @@ class ModelConfig:
             self.softcap,
             "three numbers a, b, c with a > 0 and c > 0, for a*sigmoid((z+b)/c)",
         )
+
+        for name in ("long_layers", "attention_free_layers", "paired_layers", "value_layers", "skip", "backout"):
+            layers = getattr(self, name)
+            known = all(0 <= i < self.num_layers for i in layers) and len(set(layers)) == len(layers)
+            require(known, name, layers, f"different layers from 0 to {self.num_layers - 1}")
+        free = set(self.attention_free_layers)
+        for name in ("paired_layers", "value_layers"):
+            layers = getattr(self, name)
+            require(not free & set(layers), name, layers, f"none of attention_free_layers {self.attention_free_layers}")
+        ordered = self.skip == () or (len(self.skip) == 2 and self.skip[0] < self.skip[1])
+        require(ordered, "skip", self.skip, "[] or [from, to], from a layer to a later one")
+        require(len(self.backout) <= 1, "backout", self.backout, "[] or one layer")
 
     @property
     def dim(self) -> int:
@@ -161,6 +187,10 @@ class BoostConfig:
     drop_frac: float
 
 
+def _is_pair(windows: tuple[int, ...]) -> bool:
+    return len(windows) == 2 and 1 <= windows[0] <= windows[1]
+
+
 @dataclass(frozen=True)
 class ScheduleConfig:
     """What happens at which step. The LR schedule is tied to `horizon`; `stop_step` may end a run early."""
@@ -174,6 +204,11 @@ class ScheduleConfig:
     cooldown_frac: float  # last part of the horizon, over which the LR falls linearly to lr_floor
     lr_floor: float  # fraction of the base LR
     extension_frac: float  # very last part of the horizon, spent at lr_floor; stages and cooldown end before it
+    windows: tuple[tuple[int, ...], ...]  # (short, long) in tokens for each stage; () for whole documents
+    extension_windows: tuple[int, ...]  # the same for the extension; () for the last stage's
+    final_windows: tuple[int, ...]  # the same for the last validation, and for a teacher at work; YaRN stays as it is
+    mtp_weights: tuple[tuple[float, ...], ...]  # hard loss of the next tokens, at each stage's start; see schedule.py
+    head_dtype: str  # of the logits' matrix products in training: same, or fp8
     lr_boost: BoostConfig | None
 
     def __post_init__(self) -> None:
@@ -183,6 +218,25 @@ class ScheduleConfig:
             self.batch_lr,
             "one multiplier for each stage in train.batch_tokens",
         )
+        stages = len(self.batch_tokens)
+        require(
+            len(self.windows) in (0, stages) and all(map(_is_pair, self.windows)),
+            "train.windows",
+            self.windows,
+            f"[], or for each of the {stages} stages in train.batch_tokens a pair [short, long] with short <= long",
+        )
+        for name in ("extension_windows", "final_windows"):
+            pair = getattr(self, name)
+            allowed = pair == () or (self.windows != () and _is_pair(pair))
+            require(allowed, f"train.{name}", pair, "[], or with train.windows a pair [short, long] with short <= long")
+        require(
+            len(self.mtp_weights) in (1, stages) and len({len(row) for row in self.mtp_weights}) == 1,
+            "train.mtp_weights",
+            self.mtp_weights,
+            f"one list, or {stages} of one length, one for each stage in train.batch_tokens",
+        )
+        for row in self.mtp_weights:
+            require(row and row[0] == 1.0 and min(row) >= 0.0, "train.mtp_weights", row, "1.0 first, none below 0")
         for tokens in self.batch_tokens:
             require(
                 tokens % self.micro_batch_tokens == 0,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kdclimb.artifacts import write_json, write_via
-from kdclimb.attention import Documents
+from kdclimb.attention import Documents, to_device
 from kdclimb.config import short_hash
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
@@ -230,6 +230,6 @@ class Packer:
 
     def next_batch(self, tokens: int, device: str) -> Batch:
         pieces, starts = self._fill(tokens + 1)
-        stream = torch.from_numpy(np.concatenate(pieces).astype(np.int64)).to(device)
+        stream = to_device(torch.from_numpy(np.concatenate(pieces).astype(np.int64)), device)
         starts = [start for start in starts if start < tokens]
-        return Batch(stream[:-1], stream[1:], Documents.of(starts, tokens, device))
+        return Batch(stream[:-1], stream[1:], Documents.of(starts, tokens, device, self.max_doc_tokens))

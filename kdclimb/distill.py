@@ -26,11 +26,16 @@ class KDController:
     def active(self) -> bool:
         return self.stop_step is None
 
-    def loss(self, hidden: Tensor, student: GPT, batch: Batch, *, measure_share: bool = False) -> DistillLoss:
-        """The training loss while KD is active. With `infer_only` the teacher runs and its answer is dropped."""
+    def loss(
+        self, hidden: Tensor, student: GPT, batch: Batch, *, measure_share: bool = False, **options
+    ) -> DistillLoss:
+        """The training loss while KD is active; `options` are distill_loss's that CE has too.
+
+        With `infer_only` the teacher runs and its answer is dropped.
+        """
         target = teacher_target(self.teacher, batch)
         if self.config.infer_only:
-            return distill_loss(hidden, student.head_weight, None, batch.labels, student_softcap=student.softcap)
+            return distill_loss(hidden, student.head_weight, None, batch.labels, **options)
         return distill_loss(
             hidden,
             student.head_weight,
@@ -39,9 +44,9 @@ class KDController:
             hard_weight=1.0 - self.config.alpha,
             soft_weight=self.config.alpha,
             temperature=self.config.temperature,
-            student_softcap=student.softcap,
             norm=self.norm,
             measure_share=measure_share,
+            **options,
         )
 
     def observe(self, step: int, val_loss: float) -> bool:

@@ -200,6 +200,7 @@ class _Attempt:
             "attempts": attempts,
             "attention": self.backend,
             "kernel": None if trainer is None else trainer.kernel,
+            "recompiles": None if trainer is None else trainer.recompiles,
             "device": self.key["device"],
             "threads": self.threads,
             "shared_device": shared,

@@ -1,4 +1,4 @@
-"""What each step uses: batch size, learning rate, momentum, and the three LR phases of KD.
+"""What each step uses: batch size, windows, labels, learning rate, momentum, and the three LR phases of KD.
 
 Phase A: boosted while KD is active. Phase B: at the KD stop the boost is gone at once. Phase C: a
 low tail down to the end of the horizon. Steps count from 0 here.
@@ -16,6 +16,33 @@ def stage(schedule: ScheduleConfig, step: int) -> int:
 
 def batch_tokens(schedule: ScheduleConfig, step: int) -> int:
     return schedule.batch_tokens[stage(schedule, step)]
+
+
+def windows(schedule: ScheduleConfig, step: int) -> tuple[tuple[int, int] | None, tuple[int, ...]]:
+    """What `GPT.set_windows` takes: (short, long) of `step`, and the long windows of all steps so far.
+
+    After the last step (`step` is the horizon) the final windows, which leave YaRN alone.
+    """
+    if not schedule.windows:
+        return None, ()
+    pairs = list(schedule.windows[: stage(schedule, step) + 1])
+    if step >= schedule.scheduled < schedule.horizon and schedule.extension_windows:
+        pairs.append(schedule.extension_windows)
+    now = schedule.final_windows if step >= schedule.horizon and schedule.final_windows else pairs[-1]
+    return now, tuple(long for i, (_, long) in enumerate(pairs) if i == 0 or long != pairs[i - 1][1])
+
+
+def mtp_weights(schedule: ScheduleConfig, step: int) -> list[float]:
+    """Weights of the next token in the hard loss, the one after it, ...: from this stage's row to the next's, linearly.
+
+    Trailing labels that have no weight in the whole stage are left out, so that they cost nothing.
+    """
+    stages, at = len(schedule.batch_tokens), stage(schedule, step)
+    rows = schedule.mtp_weights if len(schedule.mtp_weights) > 1 else schedule.mtp_weights * stages
+    start, end = rows[at], rows[min(at + 1, stages - 1)]
+    x = min(step, schedule.scheduled) * stages / schedule.scheduled - at
+    labels = max(i + 1 for i, pair in enumerate(zip(start, end, strict=True)) if max(pair) > 0)
+    return [a + (b - a) * min(1.0, x) for a, b in zip(start[:labels], end[:labels], strict=True)]
 
 
 def base_lr(schedule: ScheduleConfig, step: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -30,15 +31,13 @@ def checkpoint_facts(config: RunConfig, dataset: Dataset) -> dict:
 
 
 def save_checkpoint(folder: Path, model: GPT, facts: dict) -> None:
-    """Write model.safetensors and model.json (architecture, `facts`, sha256 of the weights) into `folder`."""
+    """Write model.safetensors and model.json (architecture, windows, `facts`, sha256 of the weights) into `folder`."""
     tensors = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
     write_via(folder / "model.safetensors", lambda path: save_file(tensors, path))
-    description = {"model": _plain(model.config), "weights_sha256": weights_sha256(folder), **facts}
+    windows, long_windows = model.windows
+    description = {"model": dataclasses.asdict(model.config), "windows": windows, "long_windows": long_windows}
+    description |= {"weights_sha256": weights_sha256(folder), **facts}
     write_json(folder / "model.json", description)
-
-
-def _plain(config: ModelConfig) -> dict:
-    return {**vars(config), "softcap": list(config.softcap)}
 
 
 def weights_sha256(folder: Path) -> str:
@@ -77,11 +76,13 @@ def load_teacher(folder: Path, val_batches: list[Batch], expected: dict, **model
 
 
 def build_frozen(description: dict, *, device: str, **model_options) -> GPT:
-    """The described architecture with fresh weights, its head tied or not as saved, without gradients."""
+    """The described architecture with fresh weights, its head tied or not and its windows as saved, no gradients."""
     with torch.device(device):
         model = GPT(build(ModelConfig, description["model"]), **model_options)
     if description["untied"] and model.head is None:
         model.untie()
+    windows = description["windows"]
+    model.set_windows(None if windows is None else tuple(windows), tuple(description["long_windows"]))
     return model.requires_grad_(False)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,17 +20,34 @@ from safetensors.torch import save_file
 
 from kdclimb import schedule
 from kdclimb.artifacts import write_via
+from kdclimb.attention import to_device
 from kdclimb.config import RunConfig
 from kdclimb.data import Dataset
 from kdclimb.distill import KDController
 from kdclimb.evaluate import validate
-from kdclimb.kernels import distill_loss
+from kdclimb.kernels import DistillLoss, distill_loss
 from kdclimb.model import GPT
 from kdclimb.optim import Optimizers
 from kdclimb.teacher import checkpoint_facts, load_teacher, random_teacher
 
 WARMUP_STEPS = 2
 SHARE_EVERY = 10  # steps between two measurements of kd_share, which takes a little more than the loss alone
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process."""
+    dynamo = sys.modules.get("torch._dynamo")  # seconds to import, and not needed on a CPU
+    return 0 if dynamo is None else dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def _on_host(losses: list[DistillLoss], grad_norm: torch.Tensor) -> dict[str, float]:
+    """Means over the micro-batches, the first one's kd_share, and the gradient's norm."""
+    names = ("hard", "soft", "norm_factor", "kd_share")
+    table = torch.stack([torch.stack([getattr(loss, name).double() for name in names]) for loss in losses])
+    *values, norm = torch.cat([table.flatten(), grad_norm.double()[None]]).tolist()
+    columns = [values[i :: len(names)] for i in range(len(names))]
+    means = {name: statistics.fmean(column) for name, column in zip(names, columns, strict=True)}
+    return means | {"kd_share": columns[3][0], "grad_norm": norm}
 
 
 class Diverged(RuntimeError):
@@ -46,7 +64,9 @@ class Trainer:
     def __init__(self, config: RunConfig, dataset: Dataset, teacher_folder: Path | None, backend: str):
         self.config, self.dataset = config, dataset
         self.backend, self.device = backend, config.device
-        self.dtype = torch.bfloat16 if config.device == "cuda" else torch.float32
+        on_gpu = config.device == "cuda"
+        dtype = torch.bfloat16 if on_gpu else torch.float32
+        self.options = {"backend": backend, "compute_dtype": dtype, "compiled": on_gpu}
         sched = config.schedule
         self.val_batches = dataset.val_batches(
             config.validation.tokens, sched.micro_batch_tokens, sched.max_doc_tokens, self.device
@@ -57,7 +77,7 @@ class Trainer:
         self.reset()
 
     def _load_teacher(self) -> tuple[GPT, float]:
-        options = {"device": self.device, "backend": self.backend, "compute_dtype": self.dtype}
+        options = {"device": self.device, **self.options}
         if self.config.kd.random_teacher:
             return random_teacher(self.teacher_folder, self.config.seed, self.val_batches, **options)
         return load_teacher(
@@ -68,11 +88,11 @@ class Trainer:
         """Everything at step 0, from the seed."""
         torch.manual_seed(self.config.seed)
         with torch.device(self.device):  # never whole on the host: a model too large for it must fail as `oom` too
-            self.model = GPT(self.config.model, backend=self.backend, compute_dtype=self.dtype)
+            self.model = GPT(self.config.model, **self.options)
         self.optimizers = Optimizers(self.model, self.config.optim)
         self.stream = self.dataset.train_stream(self.config.seed, self.config.schedule.max_doc_tokens)
         self.kd = None if self.teacher is None else KDController(self.config.kd, *self.teacher)
-        self.step, self.tokens, self.time_ms, self.broken = 0, 0, 0.0, 0
+        self.step, self.tokens, self.time_ms, self.broken, self.recompiles = 0, 0, 0.0, 0, 0
         self.steps: list[dict] = []
         self.vals: list[dict] = []
 
@@ -89,12 +109,14 @@ class Trainer:
         untie = self.optimizers.untie_step(self.config.schedule.scheduled)
         if self.step == 0:
             self.validate(progress)
+        graphs = compiled_graphs()
         while self.step < stop:
             if self.step == untie:
                 self.optimizers.untie()
             kd_on = self.kd is not None and self.kd.active
             with self.clock(kd_on):
                 row = self.train_step(kd_on=kd_on)
+            self.recompiles += compiled_graphs() - graphs
             self.steps.append(row | {"step": self.step, "tokens": self.tokens, "train_time_ms": self.time_ms})
             progress.update(1)
             if not math.isfinite(row["loss_hard"]):
@@ -106,22 +128,27 @@ class Trainer:
             if self.step < stop and should_stop():
                 checkpoint()
                 raise Interrupted
+            graphs = compiled_graphs()  # a validation may compile: it is outside the clock
 
     def train_step(self, *, kd_on: bool) -> dict:
         """One optimiser step; returns its row for steps.csv, less step, tokens and time."""
         sched = self.config.schedule
         num_tokens = schedule.batch_tokens(sched, self.step)
         num_micro = num_tokens // sched.micro_batch_tokens
+        self.model.set_windows(*schedule.windows(sched, self.step))
+        weights = torch.tensor(schedule.mtp_weights(sched, self.step))
+        options = {"head_dtype": sched.head_dtype, "student_softcap": self.model.softcap}
+        options["mtp_weights"] = None if len(weights) == 1 else to_device(weights, self.device)
         losses = []
         measure_share = self.step % SHARE_EVERY == 0
         for micro in range(num_micro):
             batch = self.stream.next_batch(sched.micro_batch_tokens, self.device)
             hidden = self.model(batch.inputs, batch.documents)
             if kd_on:
-                loss = self.kd.loss(hidden, self.model, batch, measure_share=measure_share and micro == 0)
+                share = measure_share and micro == 0
+                loss = self.kd.loss(hidden, self.model, batch, measure_share=share, **options)
             else:
-                head = self.model.head_weight
-                loss = distill_loss(hidden, head, None, batch.labels, student_softcap=self.model.softcap)
+                loss = distill_loss(hidden, self.model.head_weight, None, batch.labels, **options)
             (loss.total / num_micro).backward()
             losses.append(loss)
         self.kernel = losses[0].implementation
@@ -136,21 +163,22 @@ class Trainer:
         )
         self.step += 1
         self.tokens += num_tokens
-
-        def mean(name):
-            return statistics.fmean(getattr(loss, name).item() for loss in losses)
-
-        row = {"lr_mult": mult, "batch_tokens": num_tokens, "loss_hard": mean("hard"), "grad_norm": grad_norm.item()}
+        measured = _on_host(losses, grad_norm)  # the step's one wait for the device
+        row = {"lr_mult": mult, "batch_tokens": num_tokens}
+        row |= {"loss_hard": measured["hard"], "grad_norm": measured["grad_norm"]}
+        if self.model.windows[0] is not None:
+            row |= dict(zip(("window_short", "window_long"), self.model.windows[0], strict=True))
         if self.kd is not None:
             row["kd_active"] = int(kd_on)
             if kd_on and not self.config.kd.infer_only:
-                row |= {"loss_soft": mean("soft"), "kd_norm": mean("norm_factor")}
+                row |= {"loss_soft": measured["soft"], "kd_norm": measured["norm_factor"]}
                 if measure_share:
-                    row["kd_share"] = losses[0].kd_share.item()
+                    row["kd_share"] = measured["kd_share"]
         return row
 
     def validate(self, progress) -> None:
         teacher = None if self.kd is None else self.kd.teacher
+        self.model.set_windows(*schedule.windows(self.config.schedule, self.step))
         val_loss, teacher_kl = validate(self.model, self.val_batches, teacher)
         if not math.isfinite(val_loss):
             raise Diverged(f"val_loss is {val_loss} at step {self.step}")
@@ -197,6 +225,7 @@ class Trainer:
             "tokens": self.tokens,
             "time_ms": self.time_ms.hex(),
             "broken": self.broken,
+            "recompiles": self.recompiles,
             "steps": self.steps,
             "vals": self.vals,
             "kd": None if self.kd is None else self.kd.state(),
@@ -223,6 +252,7 @@ class Trainer:
         self.model.load_state_dict(model, strict=True)
         self.optimizers.load_state_tensors(optim)
         self.step, self.tokens, self.broken = facts["step"], facts["tokens"], facts["broken"] + 1
+        self.recompiles = facts["recompiles"]
         self.time_ms = float.fromhex(facts["time_ms"])
         self.steps, self.vals = facts["steps"], facts["vals"]
         if self.kd is not None:

@@ -26,14 +26,14 @@ STEPS_HEADER = (
 def make_config(horizon=100, seed=0, kd=None, boost=None, clock="measured", batch_tokens=(1000,), stop_step=None):
     """A small valid RunConfig. `kd` overrides keys of a KD config; None is CE."""
     values = {
-        "model": {
+        "model": merged()["student"]
+        | {
             "vocab_size": 512,
             "num_layers": 1,
             "num_heads": 2,
             "head_dim": 16,
             "bigram_vocab_size": 2,
             "untie_frac": 1.0,
-            "softcap": [23.0, 5.0, 7.5],
         },
         "data": {"id": "text-512-000000000000", "vocab_size": 512},
         "optim": merged()["optim"],
@@ -47,6 +47,11 @@ def make_config(horizon=100, seed=0, kd=None, boost=None, clock="measured", batc
             "cooldown_frac": 0.6,
             "lr_floor": 0.1,
             "extension_frac": 0.0,
+            "windows": [],
+            "extension_windows": [],
+            "final_windows": [],
+            "mtp_weights": [[1.0]],
+            "head_dtype": "same",
             "lr_boost": boost and dict(zip(("mult", "hold_frac", "drop_frac"), boost, strict=True)),
         },
         "validation": {"every": 25, "tokens": 1000},

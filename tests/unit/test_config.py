@@ -1,5 +1,6 @@
 """Configs: what is refused and how, what is shipped, and that schema, file and dataclasses say the same."""
 
+import contextlib
 import dataclasses
 import typing
 
@@ -105,17 +106,31 @@ def _each_field_changed(value, path=""):
             for inner, new in _each_field_changed(old[-1], f"{name}[-1]"):
                 yield inner, dataclasses.replace(value, **{field.name: (*old[:-1], new)})
         else:
-            new = (
-                (*old[:-1], old[-1] * 2)
-                if isinstance(old, tuple)
-                else not old
-                if isinstance(old, bool)
-                else old * 2 + type(old)()
-            )
-            new = old + 2 if isinstance(old, int) and not isinstance(old, bool) and new == old else new
-            if isinstance(old, float):
-                new = old / 2 if old else 0.5
-            yield name, dataclasses.replace(value, **{field.name: new})
+            yield name, _first_allowed(value, field.name, _others(old))
+
+
+def _others(old):
+    """Other values of the same type, of which some may be no valid ones."""
+    if isinstance(old, tuple):
+        return [(*old[:-1], new) for new in _others(old[-1])] if old else [(2, 4), (0,)]
+    if isinstance(old, bool):
+        return [not old]
+    return (
+        [old * 2]
+        if isinstance(old, str)
+        else [old / 2 or 0.5]
+        if isinstance(old, float)
+        else [old + 2, 2 * old, old + 1, old - 2]
+    )
+
+
+def _first_allowed(value, name, candidates):
+    for new in candidates:
+        with contextlib.suppress(ConfigError):
+            changed = dataclasses.replace(value, **{name: new})
+            if changed != value:
+                return changed
+    pytest.fail(f"{name}: none of {candidates} is allowed")
 
 
 def test_unknown_key_in_a_run_config_is_refused(tiny_runs):
@@ -165,6 +180,16 @@ def test_h100_and_seed155_carry_the_seeds_values():
         assert grid.lr_boost == (2.0, 3.0, 4.0, 5.0)
         assert (grid.hold_frac, grid.drop_frac) == ((0.15, 0.20, 0.25), (0.30, 0.35, 0.40))
         assert {"L3-H6-D128-250", "L12-H6-D8-155"} <= {c.name for c in config.teacher.candidates}
-        assert config.teacher.bigram_vocab_size == 2
+        assert config.teacher.bigram_vocab_size == 0  # the seed's 2 rows carry nothing
+        assert config.train.windows == ((128, 384), (384, 896), (640, 1408)) and config.train.final_windows == (
+            768,
+            2560,
+        )
+        names = campaign.expand(config, {})
+        model = next(r.config.model for r in names if r.arm == "ce")
+        assert (model.long_layers, model.value_layers) == ((3, 10), (0, 1, 8, 9, 10))
+        teacher = next(r.config.model for r in names if r.arm == "probe" and r.label == "L3-H6-D128-250")
+        assert (teacher.long_layers, teacher.value_layers, teacher.paired_layers) == ((2,), (0, 1, 2), (0, 2))
+        assert teacher.attention_free_layers == teacher.skip == teacher.backout == ()
         assert (config.budget.fraction, config.validation.every) == (0.10, 25)
         assert 1.0 - config.kd.alpha == pytest.approx(0.45)  # the seed's alpha weighs the hard loss

@@ -1,37 +1,43 @@
 """Attention, model and schedule."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
 import torch
 from configs import ROOT, merged
+from torch._dynamo.testing import CompileCounter
 
 from kdclimb import campaign, schedule
-from kdclimb.attention import Documents, attention
+from kdclimb.attention import Documents, Span, attention
 from kdclimb.config import BoostConfig
-from kdclimb.model import GPT, bigram_hash
+from kdclimb.model import GPT, bigram_hash, layer, look_up, rotary, rotary_tables
 
 
-def dense_truth(q, k, v, starts, scale):
+def dense_truth(q, k, v, starts, scale, window=-1):
     """Attention document by document, spelt out."""
     out, bounds = torch.zeros_like(v), [*starts, len(q)]
     for a, b in zip(bounds[:-1], bounds[1:], strict=True):
         for h in range(q.shape[1]):
             scores = scale * q[a:b, h] @ k[a:b, h].T
-            scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -math.inf)
+            place = torch.arange(b - a)
+            distance = place[:, None] - place
+            hidden = (distance < 0) | (distance > (window if window >= 0 else b - a))
+            scores = scores.masked_fill(hidden, -math.inf)
             out[a:b, h] = scores.softmax(-1) @ v[a:b, h]
     return out
 
 
+@pytest.mark.parametrize("window", [-1, 0, 5, 64])
 @pytest.mark.parametrize("starts", [[0], [0, 1, 2, 30], [0, 17, 18, 40, 63]])
-def test_reference_attention_sees_its_own_document_only(starts):
+def test_reference_attention_sees_its_own_document_and_window_only(starts, window):
     torch.manual_seed(0)
     q, k, v = (torch.randn(64, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     upstream = torch.randn(64, 2, 8, dtype=torch.float64)
     documents = Documents.of(starts, 64, "cpu")
-    ours = attention(q, k, v, documents, 0.3, "reference")
-    truth = dense_truth(q, k, v, starts, 0.3)
+    ours = attention(q, k, v, documents, Span.of(window, 0.3), "reference")
+    truth = dense_truth(q, k, v, starts, 0.3, window)
     torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-12)
     for mine, true in zip(
         torch.autograd.grad(ours, (q, k, v), upstream), torch.autograd.grad(truth, (q, k, v), upstream), strict=True
@@ -42,7 +48,7 @@ def test_reference_attention_sees_its_own_document_only(starts):
 def test_unknown_backend_is_refused():
     q = torch.zeros(4, 2, 8)
     with pytest.raises(ValueError, match="backend: 'magic'"):
-        attention(q, q, q, Documents.of([0], 4, "cpu"), 1.0, "magic")
+        attention(q, q, q, Documents.of([0], 4, "cpu"), Span.of(-1, 1.0), "magic")
 
 
 def model(tiny, **changes):
@@ -60,7 +66,7 @@ def awake(gpt):
 
 
 def test_a_token_depends_on_its_documents_past_alone(tiny):
-    gpt = awake(model(tiny))
+    gpt = awake(model(tiny, key_offset=False))  # which lets a document's first token see the one before it
     tokens = torch.randint(0, 384, (40,))
     documents = Documents.of([0, 15], 40, "cpu")
     before = gpt(tokens, documents)
@@ -82,12 +88,98 @@ def test_bigram_rows_stay_in_their_table_and_2_rows_carry_nothing():
 
 def test_active_parameters_are_what_a_token_is_multiplied_with(tiny):
     gpt = model(tiny)
-    d, layers, vocab = 32, 2, 384
-    assert gpt.params_active() == layers * 12 * d * d + vocab * d
-    assert gpt.params_stored() == gpt.params_active() + 512 * d + layers  # tied: no second table
-    forward = 2 * gpt.params_active() + 4 * layers * d * 32
+    d, heads, layers, attending, vocab = 32, 2, 4, 3, 384
+    assert gpt.params_active() == (layers * 8 + attending * 4) * d * d + vocab * d
+    tables, gates = 512 * d + 2 * vocab * d, (attending + 2) * heads * 12 + 2 * 12
+    factors = 3 * layers + 2 * attending + 3  # of the residual stream; of the attention's weights; smear, skip, backout
+    assert gpt.params_stored() == gpt.params_active() + tables + gates + factors  # tied: no second table
+    forward = 2 * gpt.params_active() + 4 * d * (2 * 32 + 32 + 32)  # paired heads see two entries a token
     assert gpt.flops_per_token(32, backward=False) == forward
     assert gpt.flops_per_token(32, backward=True) == 3 * forward
+    gpt.set_windows((8, 16), (16,))
+    assert gpt.flops_per_token(32, backward=False) == forward - 4 * d * (56 + 16 + 16)
+
+
+def test_windows_reach_as_far_as_they_say(tiny):
+    """Changing a token changes what sees it, layer by layer, and nothing beyond."""
+    alone = {"skip": (), "backout": (), "smear": False, "key_offset": False, "bigram_vocab_size": 0}
+    layers = {"attention_free_layers": (0,), "long_layers": (1,), "paired_layers": (), "value_layers": ()}
+    gpt = awake(model(tiny, **alone, **layers))
+    gpt.set_windows((2, 5), (5,))  # layer 1 sees 5 back, layers 2 and 3 see 2
+    tokens = torch.randint(0, 384, (40,))
+    documents = Documents.of([0], 40, "cpu")
+    before = gpt(tokens, documents)
+    tokens[10] = (tokens[10] + 1) % 384
+    changed = (gpt(tokens, documents) != before).any(dim=-1).nonzero().flatten().tolist()
+    assert changed == list(range(10, 10 + 5 + 2 + 2 + 1))
+
+
+def test_paired_heads_see_both_keys_of_their_pair(tiny):
+    """Head h of token t is entry 2t + h // (H / 2); so the second of a pair sees the first's key of its own token."""
+    heads, d, tokens = 4, 4, 9
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(tokens, heads, d, dtype=torch.float64) for _ in range(3))
+    documents = Documents.of([0, 4], tokens, "cpu")
+    seen = [y.reshape(2 * tokens, heads // 2, d) for y in (q, k, v)]
+    ours = attention(*seen, documents.doubled, Span.of(3, 0.5), "reference").view(tokens, heads, d)
+    for t, h in itertools.product(range(tokens), range(heads)):
+        half, slot = divmod(h, heads // 2)
+        entries = [(s, g) for s in range(tokens) for g in (slot, slot + heads // 2)]
+        place = {(s, g): 2 * s + g // (heads // 2) for s, g in entries}
+        visible = [e for e in entries if 0 <= 2 * t + half - place[e] <= 3 and (e[0] < 4) == (t < 4)]
+        weights = torch.stack([0.5 * q[t, h] @ k[s, g] for s, g in visible]).softmax(0)
+        truth = sum(w * v[s, g] for w, (s, g) in zip(weights, visible, strict=True))
+        torch.testing.assert_close(ours[t, h], truth)
+
+
+def test_half_of_each_head_turns_and_by_yarn_less_so_where_it_turns_seldom(tiny):
+    config = dataclasses.replace(next(r.config.model for r in campaign.expand(tiny, {}) if r.arm == "ce"), head_dim=128)
+    base, factor = rotary(config, (384,))
+    assert len(base) == 32 and base[0] == 1.0 and base[-1] == pytest.approx(1 / 1024) and factor == 1.0
+    scales = [0.1 * rotary(config, (384, 896, 1408, 1664)[:n])[1] for n in (1, 2, 3, 4)]
+    assert scales == pytest.approx([0.1, 0.117, 0.127, 0.132], abs=1e-3)  # the speedrun's
+    stretched = rotary(config, (384, 896))[0] / base
+    turns = 384 * base / (2 * math.pi)
+    assert (stretched[turns > 32] == 1).all() and stretched[turns < 1].numpy() == pytest.approx(384 / 896)
+    assert rotary(dataclasses.replace(config, yarn=False), (384, 896))[1] == 1.0
+    cos, sin = rotary_tables(5, 4, base, torch.float64)
+    assert (cos[..., 32:] == 1).all() and (sin[..., 32:] == 0).all()
+    assert torch.equal(sin[2, :, 0], torch.tensor([4.0, 5.0, 4.0, 5.0], dtype=torch.float64).sin())
+
+
+def test_the_lookups_gradient_is_autograds_and_adds_up(tiny):
+    table, other = (torch.nn.Parameter(torch.arange(20.0).view(5, 4)) for _ in range(2))
+    for rows in (torch.tensor([1, 3, 1]), torch.tensor([0, 1, 1])):
+        upstream = torch.randn(3, 4)
+        (look_up(table, rows, torch.float32) * upstream).sum().backward()
+        (other[rows] * upstream).sum().backward()
+    torch.testing.assert_close(table.grad, other.grad)
+
+
+def test_layers_compile_whole_once_for_each_kind_and_not_again_for_new_windows(tiny):
+    """Through the operator that GPUs use, which for this test has the reference's forward on a CPU."""
+    with torch.library._scoped_library("kdclimb", "IMPL") as library:
+        library.impl("varlen_attention", cpu_varlen, "CPU")
+        plain, compiled = (awake(model(tiny)) for _ in range(2))
+        compiled.backend = "torch_varlen"
+        graphs = CompileCounter()
+        compiled._layer = torch.compile(layer, backend=graphs, fullgraph=True)
+        counts = []
+        for windows, longs in (((4, 8), (8,)), ((4, 8), (8,)), ((6, 12), (8, 12))):
+            tokens = torch.randint(0, 384, (40,))
+            documents = Documents.of([0, 17], 40, "cpu")
+            for gpt in (plain, compiled):
+                gpt.set_windows(windows, longs)
+            with torch.no_grad():
+                torch.testing.assert_close(plain(tokens, documents), compiled(tokens, documents))
+            counts.append(graphs.frame_count)
+    assert counts == [4, 4, 4]  # of four layers no two are of one kind
+
+
+def cpu_varlen(q, k, v, cu_seqlens, max_len, window, scale):
+    documents = Documents(cu_seqlens, max_len, len(q))
+    out = attention(q, k, v, documents, Span(window, scale), "reference")
+    return out.contiguous(), q.new_empty(q.shape[1], q.shape[0])
 
 
 def test_tying_follows_untie_frac(tiny):
@@ -119,6 +211,28 @@ def test_the_extension_is_spent_at_the_floor_and_the_rest_of_the_schedule_ends_b
     assert [schedule.base_lr(sched, s) for s in (1515, 1554)] == [sched.lr_floor] * 2 < [schedule.base_lr(sched, 1514)]
 
 
+def test_windows_go_by_stages_and_yarn_remembers_the_long_ones():
+    config = campaign.load(merged("config/h100.yaml", {"device": "cpu"}), ROOT)
+    sched = next(
+        r.config.schedule for r in campaign.expand(config, {}) if r.arm == "ce" and r.config.schedule.horizon == 1555
+    )
+    assert schedule.windows(sched, 0) == ((128, 384), (384,))
+    assert schedule.windows(sched, 505) == ((384, 896), (384, 896))
+    assert schedule.windows(sched, 1514) == ((640, 1408), (384, 896, 1408))
+    assert schedule.windows(sched, 1515) == ((768, 1664), (384, 896, 1408, 1664))
+    assert schedule.windows(sched, 1555) == ((768, 2560), (384, 896, 1408, 1664))
+    assert (
+        schedule.windows(dataclasses.replace(sched, windows=(), extension_windows=(), final_windows=()), 3)[0] is None
+    )
+    assert schedule.mtp_weights(sched, 0) == [1.0, 0.5, 0.25]
+    assert schedule.mtp_weights(sched, 303) == pytest.approx([1.0, 0.5, 0.25 * (1 - 3 * 303 / 1515)])
+    assert schedule.mtp_weights(sched, 505) == [1.0, 0.5]
+    assert schedule.mtp_weights(sched, 1009) == pytest.approx([1.0, 0.5 * (2 - 3 * 1009 / 1515)])
+    assert schedule.mtp_weights(sched, 1010) == schedule.mtp_weights(sched, 1554) == [1.0]
+    one = dataclasses.replace(sched, mtp_weights=((1.0, 0.5),))
+    assert schedule.mtp_weights(one, 0) == schedule.mtp_weights(one, 1554) == [1.0, 0.5]
+
+
 @pytest.mark.parametrize(("horizon", "warmup", "cooldown"), [(20, 4, 4), (155, 31, 31), (1515, 300, 50)])
 def test_momentum_warms_up_and_cools_down_at_every_horizon(tiny, horizon, warmup, cooldown):
     ramps = {"momentum_warmup": 300, "momentum_cooldown": 50, "momentum_ramp_frac": 0.2}
@@ -139,6 +253,9 @@ def test_three_lr_phases_of_kd(tiny_runs):
         horizon=100,
         batch_tokens=(128,),
         batch_lr=(1.0,),
+        windows=(),
+        final_windows=(),
+        mtp_weights=((1.0,),),
         cooldown_frac=0.0,
         lr_boost=BoostConfig(3.0, 0.2, 0.4),
     )
