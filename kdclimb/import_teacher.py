@@ -109,7 +109,6 @@ class Shape:
     def model(self) -> ModelConfig:
         """Our config of the same architecture. Raises ConfigError for a shape that can't be."""
         whole = self.layers == 11
-        paired = tuple(layer for layer in PAIRED if layer < self.layers)
         return ModelConfig(
             vocab_size=self.vocab_size,
             num_layers=self.layers,
@@ -121,13 +120,13 @@ class Shape:
             attention_scale=ATTENTION_SCALE * math.sqrt(self.head_dim / 128),
             long_layers=self.long_layers,
             attention_free_layers=(NO_ATTENTION,) if self.layers > NO_ATTENTION else (),
-            paired_layers=paired,
+            paired_layers=tuple(layer for layer in PAIRED if layer < self.layers),
             value_layers=tuple(sorted(self.value_tables)),
             skip=(3, 6) if whole else (),
             backout=(7,) if whole else (),
             x0=True,
             attention_gate=True,
-            key_offset=not set(self.long_layers) <= set(paired),  # its paired layers have none
+            key_offset=True,
             smear=True,
             qkvo_factors=True,
             yarn=True,
@@ -349,15 +348,17 @@ class _Import:
         state, unused = convert(tensors, shape)
         self.report(f"left out, since nothing uses them: {', '.join(unused)}")
         with torch.device(self.config.device):
-            model = GPT(self.config.model, backend=choose_backend(self.config.device), compute_dtype=self.dtype)
+            model = GPT(self.config.model, **self.options)
         model.load_state_dict(state, strict=True)
-        model.set_windows(*self.config.windows, self.config.long_windows)
+        model.set_windows(self.config.windows, self.config.long_windows)
         val_loss = self.measure(model.requires_grad_(False))
         self.write_run(model, val_loss)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.config.device == "cuda" else torch.float32  # as the runs that learn from it
+    def options(self) -> dict:
+        """As in the runs that will learn from it, where it must score the same."""
+        on_gpu, backend = self.config.device == "cuda", choose_backend(self.config.device)
+        return {"backend": backend, "compute_dtype": torch.bfloat16 if on_gpu else torch.float32, "compiled": on_gpu}
 
     def measure(self, model: GPT) -> float:
         config = self.config
@@ -391,8 +392,6 @@ class _Import:
             "val_tokens": config.val_tokens,
             "micro_batch_tokens": config.micro_batch_tokens,
             "max_doc_tokens": config.max_doc_tokens,
-            "windows": list(config.windows),
-            "long_windows": list(config.long_windows),
             "run_id": config.run_id,
             "step": config.horizon,
             "final_val": val_loss,

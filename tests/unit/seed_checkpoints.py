@@ -43,7 +43,7 @@ def checkpoint(shape, **options):
     return entries | {"model": model(shape, **options)}
 
 
-# ---- the seed's forward pass, from docs of its formulas; names as there ----------------------------
+# ---- the seed's forward pass, from the description of its formulas ----------------------------
 
 
 def norm(x):
@@ -52,7 +52,8 @@ def norm(x):
 
 def yarn(head_dim, long_windows):
     """(frequencies, softmax scale) after training through these long windows."""
-    frequencies = torch.tensor([1024 ** (-j / (head_dim // 4 - 1)) for j in range(head_dim // 4)]).double()
+    count = head_dim // 4
+    frequencies = torch.tensor([1024 ** (-j / (count - 1)) for j in range(count)], dtype=torch.float64)
     scale = 0.1
     for old, new in zip(long_windows, long_windows[1:]):
         weight = ((old * frequencies / (2 * math.pi) - 1) / 31).clamp(0, 1)

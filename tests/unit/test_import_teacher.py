@@ -4,22 +4,22 @@ import json
 import os
 import pickle
 import re
-import shutil
-import subprocess
-import sys
 
 import pytest
 import seed_checkpoints as seed
 import torch
 import torch.nn.functional as F
-from configs import ROOT, merged
+from configs import ROOT
 
 from kdclimb import __main__ as cli
-from kdclimb import campaign, import_teacher, imported
+from kdclimb import unpickle
 from kdclimb.analysis.tables import RunFolder
 from kdclimb.attention import Documents
-from kdclimb.import_teacher import Shape, check, convert, read, rotary_order, without_prefix
+from kdclimb.campaign import data_id
+from kdclimb.data import Dataset
+from kdclimb.import_teacher import Shape, check, choose_windows, convert, read, rotary_order, slug, without_prefix
 from kdclimb.model import GPT
+from kdclimb.teacher import checkpoint_facts, load_teacher
 
 WINDOWS, LONG_WINDOWS = (8, 24), (12, 24)
 
@@ -71,6 +71,12 @@ def test_gate_rows_of_both_descriptions_and_padded_scalars():
         check(seed.model(seed.L3, prefix="", **options), seed.L3, "x.pt")
 
 
+def inline(path):
+    """What `read` does in a process of its own, without that process's seconds."""
+    tensors, _ = unpickle.split(unpickle.load(path), path)
+    check(without_prefix(tensors, path), seed.L3, path)
+
+
 def edited(tmp_path, edit):
     """A checkpoint whose dict `edit` has changed."""
     content = seed.checkpoint(seed.L3)
@@ -115,9 +121,23 @@ class RunsCode:
 def test_what_is_refused_by_name(tmp_path, monkeypatch, edit, said):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"edited.pt: .*{said}") as error:
-        read(edited(tmp_path, edit), seed.L3, tmp_path)
-    assert "\n" not in str(error.value) and list(tmp_path.rglob("pwned")) == []
-    assert list((ROOT).glob("pwned")) == []
+        inline(edited(tmp_path, edit))
+    assert "\n" not in str(error.value) and not (tmp_path / "pwned").exists()
+
+
+def test_the_process_that_reads_refuses_code_in_one_line(tmp_path):
+    pwned = tmp_path / "pwned"
+
+    class RunsCode:
+        def __reduce__(self):
+            return os.system, (f"touch {pwned}",)
+
+    torch.save(seed.checkpoint(seed.L3) | {"code": RunsCode()}, tmp_path / "x.pt")
+    with pytest.raises(
+        ValueError, match="^[^\n]*x.pt: refused, and nothing of it was run: its pickle calls posix.system$"
+    ):
+        read(tmp_path / "x.pt", seed.L3, tmp_path)
+    assert not pwned.exists()
 
 
 def test_every_problem_is_named_at_once():
@@ -132,12 +152,13 @@ def test_every_problem_is_named_at_once():
 
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_code_is_refused_in_every_form_that_torch_saves(tmp_path, protocol, zipped):
+def test_code_is_refused_in_every_form_that_torch_saves(tmp_path, monkeypatch, protocol, zipped):
+    monkeypatch.chdir(tmp_path)
     content = seed.checkpoint(seed.L3) | {"code": RunsCode()}
     torch.save(content, tmp_path / "x.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
     with pytest.raises(ValueError, match="x.pt: (refused, .*posix.system|not a file that torch.save wrote)"):
-        read(tmp_path / "x.pt", seed.L3, tmp_path)
-    assert not (ROOT / "pwned").exists()
+        inline(tmp_path / "x.pt")
+    assert not (tmp_path / "pwned").exists()
 
 
 def test_files_that_are_no_checkpoints(file, tmp_path):
@@ -152,10 +173,10 @@ def test_files_that_are_no_checkpoints(file, tmp_path):
     for data, said in cases.items():
         other.write_bytes(data)
         with pytest.raises(ValueError, match=f"other.pt: {said}"):
-            read(other, seed.L3, tmp_path)
+            inline(other)
     torch.save([1, 2], other)
     with pytest.raises(ValueError, match=r"other.pt: holds a list, not the dict"):
-        read(other, seed.L3, tmp_path)
+        inline(other)
     with pytest.raises(ValueError, match="gone.pt: there is no such file"):
         read(tmp_path / "gone.pt", seed.L3, tmp_path)
 
@@ -185,12 +206,12 @@ def ours(tensors, shape, dtype):
     """Our model with a checkpoint's weights."""
     model = GPT(shape.model(), backend="reference", compute_dtype=dtype).to(dtype)
     model.load_state_dict({name: value.to(dtype) for name, value in convert(tensors, shape)[0].items()}, strict=True)
-    model.set_windows(*WINDOWS, LONG_WINDOWS)
+    model.set_windows(WINDOWS, LONG_WINDOWS)
     return model.requires_grad_(False)
 
 
 @pytest.mark.parametrize("shape", [seed.L3, seed.L11, Shape(1, 2, 8, 384, 7), Shape(8, 2, 8, 384, 7)], ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-3)])
 def test_the_imported_model_computes_what_the_seeds_formulas_give(shape, dtype, tolerance):
     tensors = seed.model(shape, prefix="", seed=3)
     tokens, documents, packed = stream(64, [0, 40, 55])
@@ -204,3 +225,123 @@ def test_the_imported_model_computes_what_the_seeds_formulas_give(shape, dtype, 
     assert F.cross_entropy(scores, labels).item() == pytest.approx(
         F.cross_entropy(logits, labels).item(), abs=tolerance
     )
+
+
+# ---- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def results(manifest, tmp_path):
+    """A results folder with the tiny campaign's data."""
+    (tmp_path / "results/data").mkdir(parents=True)
+    (tmp_path / "results/data" / manifest.parent.name).symlink_to(manifest.parent)
+    return tmp_path / "results"
+
+
+def bring(file, results, *more):
+    shape = "--layers 3 --heads 2 --head-dim 16 --vocab-size 384 --bigram-vocab-size 2".split()
+    windows = "--long-windows 12 24 --windows 8 24 --cost-ms 56600".split()
+    config = ["--configfile", str(ROOT / "tests/tiny.yaml"), "--results", str(results)]
+    return cli.main(["import-teacher", str(file), *shape, *windows, *config, *more])
+
+
+def test_an_import_is_a_finished_run_that_a_student_can_learn_from(
+    file, results, manifest, tiny, tiny_runs, train, tmp_path, capsys
+):
+    assert bring(file, results) == 0
+    out, err = capsys.readouterr()
+    (folder,) = (results / "runs").iterdir()
+    assert f"imported: [{folder.name}]" in out and re.fullmatch("imported-state-best-[0-9a-f]{12}", folder.name)
+    assert "val_loss" in err and "best_val_loss 4.0690 says its file, at step 250" in err
+    assert "left out, since nothing uses them: mlp_bank[3], value_embeds.3.weight, ve_gate_bank[3]" in err
+
+    run = RunFolder.read(f"imported|seed|{folder}")
+    (val,) = run.val
+    assert (run.ok, run.imported, run.steps, run.horizon) == (True, True, [], 250)
+    assert (val["step"], val["train_time_ms"], val["tokens"]) == (250, 56600.0, None)
+    row = run.row()
+    assert (row["kind"], row["train_time_ms"], row["clock"], row["code_hash"]) == ("imported", 56600, "declared", "")
+    assert row["final_val"] == row["best_val"] == val["val_loss"]
+    assert (folder / "train.log").read_text().startswith("PYTHONPATH=. python -m kdclimb import-teacher ")
+
+    description = json.loads((folder / "checkpoints/model.json").read_text())
+    assert description["imported"] is True and description["imported_from"]["file"] == "state_best.pt"
+    assert (description["windows"], description["long_windows"], description["cost_ms"]) == ([8, 24], [12, 24], 56600)
+
+    config = next(run.config for run in tiny_runs if run.arm == "isolate" and run.config.kd)
+    code, student = train(config, tmp_path / "students", folder / "checkpoints")
+    assert code == 0 and json.loads((student / "status.json").read_text())["status"] == "ok"
+    dataset = Dataset(manifest)
+    batches = dataset.val_batches(config.validation.tokens, 128, 64, "cpu")
+    options = {"device": "cpu", "backend": "reference", "compute_dtype": torch.float32}
+    teacher, loss = load_teacher(folder / "checkpoints", batches, checkpoint_facts(config, dataset), **options)
+    assert loss == pytest.approx(val["val_loss"], abs=1e-6) and teacher.windows == ((8, 24), (12, 24))
+
+    status = (folder / "status.json").stat().st_mtime_ns
+    assert bring(file, results) == 0 and "already imported" in capsys.readouterr().err
+    assert (folder / "status.json").stat().st_mtime_ns == status
+
+
+def test_the_measured_loss_is_that_of_the_seeds_formulas(file, results, manifest, tiny, capsys):
+    assert bring(file, results) == 0
+    (folder,) = (results / "runs").iterdir()
+    found = json.loads((folder / "checkpoints/model.json").read_text())["final_val"]
+    tensors = {name.removeprefix("_orig_mod."): value for name, value in torch.load(file)["model"].items()}
+    losses = []
+    for batch in Dataset(manifest).val_batches(tiny.validation.tokens, 128, 64, "cpu"):
+        bounds = batch.documents.cu_seqlens.tolist()
+        documents = [sum(start <= t for start in bounds) for t in range(len(batch.inputs))]
+        _, logits = seed.forward(tensors, seed.L3, batch.inputs, documents, (8, 24), (12, 24))
+        losses.append(F.cross_entropy(logits, batch.labels).item())
+    assert found == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--vocab-size", "50304"], "--vocab-size: 50304 is not allowed; allowed: 384"),
+        (["--cost-ms", "0"], "--cost-ms: 0.0 is not allowed"),
+        (["--name", "a/b"], "--name: 'a/b' is not allowed"),
+        (["--heads", "3"], "num_heads: 3 is not allowed"),
+        (["--head-dim", "4"], "--heads, --head-dim: 8 is not allowed; allowed: a width of 12 or more"),
+        (["--layers", "4"], "state_best.pt: not a checkpoint of --layers 4"),
+        (["--layers", "0"], "num_layers: 0 is not allowed"),
+        (["--windows", "24", "8"], "--windows: (24, 8) is not allowed"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_leaves_nothing(file, results, capsys, more, said):
+    assert bring(file, results, *more) == 1
+    err = capsys.readouterr().err.strip().splitlines()
+    assert err[-1].startswith("import-teacher: ") and said in err[-1]
+    assert not (results / "runs").exists() and [path.name for path in results.iterdir()] == ["data"]
+
+
+def test_flags_that_are_owed(file, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["import-teacher", str(file), "--layers", "3", "--heads", "6", "--windows-passed", "3"])
+    assert "--cost-ms" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["import-teacher", str(file), "--layers", "3", "--heads", "6", "--cost-ms", "1"])
+    assert "one of the arguments --windows-passed --long-windows is required" in capsys.readouterr().err
+
+
+def test_missing_data_names_the_command_that_makes_it(file, tmp_path, tiny, capsys):
+    assert bring(file, tmp_path) == 1
+    made = f"./run results/data/{data_id(tiny, ROOT)}/manifest.json --configfile {ROOT / 'tests/tiny.yaml'}"
+    assert capsys.readouterr().err.strip().endswith(made)
+
+
+def test_windows_of_the_seeds_stages():
+    assert choose_windows(1, None, None) == ((384,), (128, 384))
+    assert choose_windows(3, None, None) == ((384, 896, 1408), (640, 1408))
+    assert choose_windows(4, None, [768, 2560]) == ((384, 896, 1408, 1664), (768, 2560))
+    assert choose_windows(4, None, None)[1] == (768, 1664)
+    with pytest.raises(ValueError, match="--windows: "):
+        choose_windows(None, [128], None)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("state_best.pt", "state-best"), ("a b.c.pt", "a-b.c"), ("_.pt", "teacher")]
+)
+def test_slug(tmp_path, name, said):
+    assert slug(tmp_path / name) == said
