@@ -346,6 +346,7 @@ def check_imported(campaign: Campaign, data: str, results: Path) -> None:
     """
     asked = {
         "data": data,
+        "device": campaign.device,
         "validation.tokens": campaign.validation.tokens,
         "train.micro_batch_tokens": campaign.train.micro_batch_tokens,
         "train.max_doc_tokens": campaign.train.max_doc_tokens,

@@ -64,6 +64,7 @@ class ImportedConfig:
         """What a run that learns from it must have in common with it, for its loss to mean the same."""
         return {
             "data": self.data.id,
+            "device": self.device,  # its dtype differs, and with it the loss
             "validation.tokens": self.val_tokens,
             "train.micro_batch_tokens": self.micro_batch_tokens,
             "train.max_doc_tokens": self.max_doc_tokens,

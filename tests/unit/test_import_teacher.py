@@ -22,6 +22,7 @@ from kdclimb.model import GPT
 from kdclimb.teacher import checkpoint_facts, load_teacher
 
 WINDOWS, LONG_WINDOWS = (8, 24), (12, 24)
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 
 
 def save(path, **options):

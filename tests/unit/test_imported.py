@@ -236,6 +236,8 @@ def test_a_missing_or_unfit_import_is_named_with_its_remedy(tmp_path):
     campaigns.check_imported(campaign, config.data.id, tmp_path)
     with pytest.raises(ConfigError, match="measured with data text-512-000000000000, but this campaign has text-9"):
         campaigns.check_imported(campaign, "text-9", tmp_path)
+    with pytest.raises(ConfigError, match="measured with device cpu, but this campaign has cuda"):
+        campaigns.check_imported(dataclasses.replace(campaign, device="cuda"), config.data.id, tmp_path)
     longer = dataclasses.replace(campaign, validation=dataclasses.replace(campaign.validation, tokens=32768))
     with pytest.raises(ConfigError, match="measured with validation.tokens 16384, but this campaign has 32768"):
         campaigns.check_imported(longer, config.data.id, tmp_path)

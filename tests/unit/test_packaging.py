@@ -14,7 +14,9 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-WITHOUT_TORCH = [f"kdclimb.{name}" for name in ("campaign", "config", "explain", "plan", "provenance")] + sorted(
+WITHOUT_TORCH = [
+    f"kdclimb.{name}" for name in ("campaign", "config", "explain", "imported", "plan", "provenance")
+] + sorted(
     f"kdclimb.analysis.{path.stem}" for path in (ROOT / "kdclimb/analysis").glob("*.py") if path.stem != "__init__"
 )
 
