@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 COLUMNS = "benchmark arm case metric value unit device software commit date".split()
-UNITS = {"ms": "ms", "extra_gib": "GiB", "rel_err_dh": "1", "rel_err_dw": "1", "ratio_to_gemm4": "1"}
+UNITS = {"ms": "ms", "extra_gib": "GiB", "peak_gib": "GiB", "tokens_per_s": "tokens/s", "compile_s": "s"}  # else 1
 
 
 class Rows:
@@ -31,7 +31,13 @@ class Rows:
     def add(self, arm: str, case: dict, **metrics: float) -> None:
         text = ";".join(f"{key}={case[key]}" for key in sorted(case))
         for metric, value in metrics.items():
-            row = {"arm": arm, "case": text, "metric": metric, "value": repr(float(value)), "unit": UNITS[metric]}
+            row = {
+                "arm": arm,
+                "case": text,
+                "metric": metric,
+                "value": repr(float(value)),
+                "unit": UNITS.get(metric, "1"),
+            }
             self.rows.append(self.fixed | row)
         print(f"{arm:<24} {text:<70} " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()), flush=True)
 

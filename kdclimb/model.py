@@ -9,6 +9,7 @@ Shapes: T packed tokens, d width, H heads, D head_dim, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import math
 from itertools import pairwise
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdclimb.attention import Documents, Span, attention
+from kdclimb.attention import Documents, Span, attention, to_device
 from kdclimb.config import ModelConfig
 from kdclimb.kernels import Softcap
 
@@ -43,7 +44,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, *, backend: str, compute_dtype: torch.dtype, compiled: bool = False):
         super().__init__()
         self.config, self.backend, self.compute_dtype = config, backend, compute_dtype
-        self._layer = compiled_layer() if compiled else layer
+        self._layer = compile_layer() if compiled else layer
         d, layers, gate = config.dim, config.num_layers, min(GATE_INPUTS, config.dim)
         self.embed = nn.Parameter(torch.empty(config.vocab_size, d))
         if config.bigram_vocab_size:
@@ -138,7 +139,7 @@ class GPT(nn.Module):
         key = length, paired, device
         if key not in self.tables:
             self.tables[key] = rotary_tables(
-                length, self.config.num_heads if paired else 1, self.frequencies.to(device), self.compute_dtype
+                length, self.config.num_heads if paired else 1, to_device(self.frequencies, device), self.compute_dtype
             )
         return self.tables[key]
 
@@ -315,16 +316,9 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
 
-def compiled_layer():
+@functools.cache
+def compile_layer(backend: str = "inductor"):
     """`layer` by torch.compile: one graph for each kind of layer and shape, none for new windows or scales."""
-    global _compiled
-    if _compiled is None:
-        torch._dynamo.config.automatic_dynamic_shapes = (
-            False  # a new shape is a graph of its own, not a slow one for all
-        )
-        torch._dynamo.config.recompile_limit = 64  # kinds of layers, student and teacher, with and without gradients
-        _compiled = torch.compile(layer, fullgraph=True)
-    return _compiled
-
-
-_compiled = None
+    torch._dynamo.config.automatic_dynamic_shapes = False  # a new shape is a graph of its own, no slow one for all
+    torch._dynamo.config.recompile_limit = 64  # kinds of layers, student and teacher, with and without gradients
+    return torch.compile(layer, fullgraph=True, backend=backend)

@@ -6,6 +6,7 @@ Express (arXiv 2505.16932), its second moment by NorMuon (arXiv 2510.05491); cau
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -97,6 +98,11 @@ def adam_decay(param: Tensor, grad: Tensor, average: Tensor, decay: Tensor, beta
         param.mul_(1.0 - decay)
 
 
+@functools.cache  # so that a run which is reset after its warm-up meets the same graphs again
+def _compiled(function):
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
 class Matrices:
     """The matrices of one shape, and what Muon remembers of them."""
 
@@ -138,9 +144,7 @@ class Optimizers:
         self.adam = torch.optim.Adam(groups, eps=1e-10, fused=True)
         self._muon_step, self._adam_decay = muon_step, adam_decay
         if self.device.type == "cuda":
-            self._muon_step, self._adam_decay = (
-                torch.compile(function, fullgraph=True, dynamic=False) for function in (muon_step, adam_decay)
-            )
+            self._muon_step, self._adam_decay = _compiled(muon_step), _compiled(adam_decay)
 
     @torch.no_grad()
     def step(self, step: int, *, lr_mult: float, base_mult: float, momentum: float) -> None:

@@ -174,6 +174,8 @@ class _Attempt:
                 return "oom", _oom_reason(error)
             traceback.print_exc(file=progress.log)
             return "failed", f"{type(error).__name__}: {error}"
+        if trainer.recompiles:
+            return "failed", f"torch.compile made {trainer.recompiles} graphs inside the clock; its times are void"
         return "ok", None
 
     def _write(self, status: str, reason: str | None, attempts: int, shared: bool) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdclimb.attention import Documents, attention
+from kdclimb.attention import Documents, Span, attention
 from kdclimb.config import (
     ADAM_KINDS,
     AdamConfig,
@@ -31,6 +31,7 @@ from kdclimb.kernels import DenseTeacher, DynamicNorm, Softcap, distill_loss
 from kdclimb.model import GPT
 from kdclimb.optim import Optimizers
 from kdclimb.run import run
+from kdclimb.train import compiled_graphs
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -46,21 +47,76 @@ def error(value, truth):
     return (value.double() - truth).norm() / truth.norm()
 
 
+def unpadded(starts, total):
+    """Documents whose boundaries are not padded: for the reference empty ones would cost as much as full ones."""
+    bounds = torch.tensor([*starts, total], dtype=torch.int32)
+    return Documents(bounds.cuda(), int(bounds.diff().max()), total)
+
+
+@pytest.mark.parametrize("window", [-1, 0, 100, 1500])
 @pytest.mark.parametrize("starts", [[0], [0, 5, 700, 701, 1500]])
-def test_varlen_attention_against_float64(starts):
+def test_varlen_attention_against_float64(starts, window):
     torch.manual_seed(0)
     q, k, v, upstream = (torch.randn(2048, 6, 128, device="cuda", dtype=torch.float64) for _ in range(4))
-    documents = Documents.of(starts, 2048, "cuda")
 
     def run_as(dtype, backend):
         inputs = [t.to(dtype).requires_grad_() for t in (q, k, v)]
-        out = attention(*inputs, documents, 0.1, backend)
+        documents = unpadded(starts, 2048) if backend == "reference" else Documents.of(starts, 2048, "cuda", 2048)
+        out = attention(*inputs, documents, Span.of(window, 0.1), backend)
         return [out, *torch.autograd.grad(out, inputs, upstream.to(dtype))]
 
     truth = run_as(torch.float64, "reference")
     plain, ours = run_as(torch.bfloat16, "reference"), run_as(torch.bfloat16, "torch_varlen")
     for mine, reference, true in zip(ours, plain, truth, strict=True):
         assert error(mine, true) <= 3 * error(reference, true)
+
+
+def by_size(tensors):
+    """Large tensors one by one, small ones together: a single number may come out exact by chance."""
+    large = [t for t in tensors if t.numel() >= 1000]
+    return [*large, torch.cat([t.double().flatten() for t in tensors if t.numel() < 1000])]
+
+
+def test_compiled_model_against_float64_without_waiting_and_without_new_graphs():
+    starts, total = [0, 5, 700, 701, 1500], 2048
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 512, (total,), device="cuda")
+    upstream = torch.randn(total, 128, device="cuda", dtype=torch.float64)
+
+    def make(dtype, backend, compiled=False):
+        torch.manual_seed(1)
+        with torch.device("cuda"):
+            model = GPT(config().model, backend=backend, compute_dtype=dtype, compiled=compiled)
+        with torch.no_grad():  # a model starts with zeros where nothing would flow
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        return model
+
+    def gradients(model, windows, longs):
+        documents = unpadded(starts, total)
+        if model.backend == "torch_varlen":
+            documents = Documents.of(starts, total, "cuda", total)
+        model.set_windows(windows, longs)
+        model.zero_grad()
+        hidden = model(tokens, documents)
+        (hidden.double() * upstream).sum().backward()
+        return [hidden, *(p.grad for p in model.parameters())]
+
+    models = [make(torch.float64, "reference"), make(torch.bfloat16, "reference")]
+    models.append(make(torch.bfloat16, "torch_varlen", compiled=True))
+    before = compiled_graphs()
+    for windows, longs in (((16, 64), (64,)), ((32, 128), (64, 128))):
+        truth, plain, ours = (by_size(gradients(model, windows, longs)) for model in models)
+        for mine, reference, true in zip(ours, plain, truth, strict=True):
+            assert error(mine, true) <= 3 * error(reference, true)
+        made, before = compiled_graphs() - before, compiled_graphs()
+        assert made == (4 if longs == (64,) else 0)  # of the four layers no two are of one kind
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(models[-1], (40, 200), (64, 128, 200))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 VOCAB, WIDTH = 50304, 768
@@ -184,10 +240,47 @@ def manifest(tmp_path_factory):
 
 def config(num_layers=4, num_heads=4, horizon=60, kd=None, clock="measured"):
     return RunConfig(
-        model=ModelConfig(512, num_layers, num_heads, 32, 1024, 0.5, (23.0, 5.0, 7.5)),
+        model=ModelConfig(
+            vocab_size=512,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            head_dim=32,
+            bigram_vocab_size=1024,
+            untie_frac=0.5,
+            softcap=(23.0, 5.0, 7.5),
+            attention_scale=0.1,
+            long_layers=(num_layers - 1,),
+            attention_free_layers=(2,) if num_layers == 4 else (),
+            paired_layers=(0,) if num_layers == 4 else (),
+            value_layers=(num_layers - 1,),
+            skip=(0, 2) if num_layers == 4 else (),
+            backout=(1,) if num_layers == 4 else (),
+            x0=True,
+            attention_gate=True,
+            key_offset=True,
+            smear=True,
+            qkvo_factors=True,
+            yarn=True,
+        ),
         data=DataRef("text", 512),
         optim=OPTIM,
-        schedule=ScheduleConfig(horizon, horizon, (2048, 4096), (1.0, 1.2), 2048, 128, 0.5, 0.1, 0.0, None),
+        schedule=ScheduleConfig(
+            horizon=horizon,
+            stop_step=horizon,
+            batch_tokens=(2048, 4096),
+            batch_lr=(1.0, 1.2),
+            micro_batch_tokens=2048,
+            max_doc_tokens=128,
+            cooldown_frac=0.5,
+            lr_floor=0.1,
+            extension_frac=0.1,
+            windows=((16, 32), (32, 64)),
+            extension_windows=(48, 96),
+            final_windows=(48, 128),
+            mtp_weights=((1.0, 0.5, 0.25), (1.0, 0.0, 0.0)),
+            head_dtype="same",
+            lr_boost=None,
+        ),
         validation=ValidationConfig(25, 4096),
         kd=kd,
         seed=0,
@@ -211,11 +304,13 @@ def train(run_config, manifest, folder, teacher=None):
 def test_ce_teacher_and_kd_run_on_the_gpu(manifest, tmp_path):
     _, status, summary, vals = train(config(), manifest, tmp_path)
     assert status["attention"] == "torch_varlen" and status["device"] == torch.cuda.get_device_name()
+    assert (status["kernel"], status["recompiles"]) == ("triton", 0)
     assert float(summary["final_val"]) < float(vals[0]["val_loss"]) - 1.0
     assert float(summary["peak_alloc_gib"]) > 0 and float(summary["train_time_ms"]) > 0
     teacher, *_ = train(config(num_layers=1, num_heads=2), manifest, tmp_path)
     kd = KDConfig(teacher.name, False, False, 0.5, 1.0, True, 0.05, 20.0, 0.05, 25, 0.7, 10)
-    out, _, kd_summary, kd_vals = train(config(kd=kd), manifest, tmp_path, teacher / "checkpoints")
+    out, status, kd_summary, kd_vals = train(config(kd=kd), manifest, tmp_path, teacher / "checkpoints")
+    assert (status["kernel"], status["recompiles"]) == ("triton", 0)
     # teacher_kl at step 0 is against an untrained student; KD brings it down
     assert float(kd_vals[-1]["teacher_kl"]) < float(kd_vals[0]["teacher_kl"])
     with (out / "steps.csv").open() as file:

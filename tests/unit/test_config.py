@@ -102,7 +102,7 @@ def _each_field_changed(value, path=""):
         if dataclasses.is_dataclass(old):
             for inner, new in _each_field_changed(old, name):
                 yield inner, dataclasses.replace(value, **{field.name: new})
-        elif isinstance(old, tuple) and dataclasses.is_dataclass(old[-1]):
+        elif isinstance(old, tuple) and old and dataclasses.is_dataclass(old[-1]):
             for inner, new in _each_field_changed(old[-1], f"{name}[-1]"):
                 yield inner, dataclasses.replace(value, **{field.name: (*old[:-1], new)})
         else:
@@ -112,7 +112,7 @@ def _each_field_changed(value, path=""):
 def _others(old):
     """Other values of the same type, of which some may be no valid ones."""
     if isinstance(old, tuple):
-        return [(*old[:-1], new) for new in _others(old[-1])] if old else [(2, 4), (0,)]
+        return [(*old[:-1], new) for new in _others(old[-1])] if old else [(2, 4)]
     if isinstance(old, bool):
         return [not old]
     return (
@@ -120,7 +120,7 @@ def _others(old):
         if isinstance(old, str)
         else [old / 2 or 0.5]
         if isinstance(old, float)
-        else [old + 2, 2 * old, old + 1, old - 2]
+        else [old + 2, 2 * old, old + 1, old - 1, old - 2]
     )
 
 
