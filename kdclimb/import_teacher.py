@@ -160,7 +160,7 @@ def read(path: Path, shape: Shape, scratch: Path) -> tuple[dict[str, Tensor], di
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
     with tempfile.TemporaryDirectory(prefix=".import-", dir=scratch) as folder:
-        copy = Path(folder) / "model.safetensors"
+        copy = Path(folder).resolve() / "model.safetensors"
         command = [sys.executable, "-W", "ignore", "-m", "kdclimb.unpickle", path.resolve(), copy]
         done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
         if done.returncode != 0:
@@ -186,8 +186,7 @@ def check(tensors: dict[str, Tensor], shape: Shape, path: Path) -> None:
     """Raise ValueError that names each missing, unknown and mis-shaped key, with what is expected."""
     expected, problems = shape.keys(), []
     for name, shapes in expected.items():
-        allowed = " or ".join(str(allowed) for allowed in (shapes if len(shapes) <= 2 else (shapes[0], shapes[-1])))
-        allowed = allowed.replace(" or ", " to ") if len(shapes) > 2 else allowed
+        allowed = " or ".join(map(str, shapes)) if len(shapes) <= 2 else f"{shapes[0]} to {shapes[-1]}"
         if name not in tensors:
             problems.append(f"missing key {name}, expected {allowed}")
         elif tuple(tensors[name].shape) not in shapes:
@@ -249,7 +248,7 @@ def left_out(tensors: dict[str, Tensor], shape: Shape) -> list[str]:
     layers, num_attention = shape.layers, len(shape.attention_layers)
     unused = sorted(set(range(VALUE_TABLES)) - set(shape.value_tables.values()))
     found = [f"mlp_bank[{layers}]"]
-    found += [f"{name}" for i in unused for name in (f"value_embeds.{i}.weight", f"ve_gate_bank[{i}]")]
+    found += [name for i in unused for name in (f"value_embeds.{i}.weight", f"ve_gate_bank[{i}]")]
     if len(tensors["attn_gate_bank"]) > num_attention:
         found.append(f"attn_gate_bank[{num_attention}:]")
     if layers > NO_ATTENTION:
@@ -297,10 +296,8 @@ def import_teacher(
         make = f"./run results/data/{data}/manifest.json{f' --configfile {configfiles}' if configfiles else ''}"
         raise ValueError(f"{manifest}: the data to measure it on is not prepared; make it with: {make}")
     dataset = Dataset(manifest)
-    report(f"reading {path}")
-    tensors, facts = read(path, shape, results)
-    config = ImportedConfig(
-        imported_from=Origin(path.name, _sha256(path), facts["step"], facts["best_val_loss"]),
+    config = ImportedConfig(  # before the file is read, which takes longest
+        imported_from=Origin(path.name, "", 0, None),
         name=name,
         cost_ms=cost_ms,
         model=model_config,
@@ -312,6 +309,10 @@ def import_teacher(
         max_doc_tokens=campaign.train.max_doc_tokens,
         device=campaign.device,
     )
+    report(f"reading {path}")
+    tensors, facts = read(path, shape, results)
+    origin = Origin(path.name, _sha256(path), facts["step"], facts["best_val_loss"])
+    config = dataclasses.replace(config, imported_from=origin)
     folder = RunFolder(results / "runs" / config.run_id)
     with folder.lock():
         if (folder.path / "status.json").is_file() and _data_hash(folder.path) == dataset.hash:

@@ -244,10 +244,11 @@ def test_another_teacher_remakes_all_that_follows_in_one_go(changed):
     other = next(r for r in teachers if r["run_id"] != selected)
     shapes = yaml.safe_load((ROOT / "tests/tiny.yaml").read_text())["teacher"]["candidates"]
     kept = [shape for shape in shapes if other["candidate"].endswith(f"-D{shape['head_dim']}-{shape['steps']}")]
-    arguments = overlay(changed, "other", teacher={"candidates": kept})
+    tables = ("results/tiny/kd/isolates.csv", "results/tiny/kd/screen.csv")
+    arguments = [*tables, *overlay(changed, "other", teacher={"candidates": kept})]
     changed.run(*arguments)
-    for table in ("kd/isolates.csv", "kd/screen.csv", "kd/full.csv"):
-        for r in rows(changed.path / "results/tiny" / table):
+    for table in tables:
+        for r in rows(changed.path / table):
             kd = json.loads((changed.path / "results/runs" / r["run_id"] / "config.json").read_text())["kd"]
             assert kd is None or kd["teacher"] == other["run_id"], table
     assert "Nothing to be done" in changed.run("-n", *arguments)
@@ -258,7 +259,7 @@ def test_an_import_that_is_missing_stops_before_any_job(finished, checkout):
         lost = overlay(checkout, "lost", teacher={"imported": ["imported-lost-0123456789ab"]})
         lost = [*lost[:-1], str(checkout.path / lost[-1])]
         output = place.run("-n", *lost, code=None)
-        assert "imported-lost-0123456789ab holds no finished import" in output and "Traceback" not in output
+        assert "imported-lost-0123456789ab holds no finished import" in output and "Traceback (most" not in output
     assert "MissingRule" in checkout.run("-n", "results/runs/imported-lost-0123456789ab/status.json", *TINY, code=None)
     (data,) = (folder.name for folder in finished.path.glob("results/data/*"))
     assert set(jobs(checkout.run("-n", f"results/data/{data}/manifest.json", *lost))) == {"data"}
