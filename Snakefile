@@ -25,6 +25,7 @@ rule all:
     default_target: True
     input:
         f"{RESULTS}/report/index.html",
+        f"{RESULTS}/logs/mirrored.json" if MIRROR else [],
 
 
 onstart:
@@ -32,8 +33,10 @@ onstart:
 
 
 onsuccess:
+    copy_to_mirror()
     print(f"kdclimb: done; open {RESULTS}/report/index.html")
 
 
 onerror:
+    copy_to_mirror()
     print("kdclimb: stopped by an error (above). Starting it again goes on from what is done.")

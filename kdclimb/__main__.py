@@ -1,11 +1,13 @@
-"""What a config means and what it would run; teachers from elsewhere; and forgetting results, so that the next ./run
-makes them again.
+"""What a config means and what it would run; forgetting results, so that the next ./run makes them again; moving them
+between machines; and teachers from elsewhere.
 
 python -m kdclimb explain kd.stop_margin              # one key; a section lists its keys
 python -m kdclimb plan --configfile config/h100.yaml  # runs, tokens and time, before anything runs
-python -m kdclimb import-teacher state_best.pt --layers 3 --heads 6 --windows-passed 3 --cost-ms 56600  # the seed's
 python -m kdclimb retry --status oom                  # every run that ended out of memory
 python -m kdclimb retry --run ce-3x128-100-s0-...     # this run, however it ended
+python -m kdclimb bundle export tiny.zip              # a campaign's finished runs and files
+python -m kdclimb bundle import tiny.zip              # the same, on another machine
+python -m kdclimb import-teacher state_best.pt --layers 3 --heads 6 --windows-passed 3 --cost-ms 56600  # the seed's
 """
 
 from __future__ import annotations
@@ -17,17 +19,26 @@ import shutil
 import sys
 from pathlib import Path
 
-from kdclimb import explain, plan
-from kdclimb.analysis.tables import AnalysisError
+from kdclimb import bundle, explain, plan
 from kdclimb.artifacts import write_text
 from kdclimb.campaign import load, schema_path
-from kdclimb.config import ConfigError
 from kdclimb.imported import PREFIX
 
 STATUSES = ("ok", "diverged", "oom", "failed", "interrupted")
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(argv, argparse.Namespace(argv=argv))
+    try:
+        print(args.call(args))
+    except (ValueError, OSError) as error:  # ConfigError, AnalysisError and BundleError are ValueErrors
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m kdclimb", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -38,49 +49,51 @@ def main(argv: list[str] | None = None) -> int:
     )
     results = argparse.ArgumentParser(add_help=False)
     results.add_argument("--results", type=Path, default=Path("results"), help="the results folder (default: results)")
+    _add_explain(commands, config)
+    plan_ = commands.add_parser("plan", help="what a config would run, before anything runs", parents=[config, results])
+    plan_.set_defaults(call=foresee)
+    _add_retry(commands, results)
+    _add_bundle(commands, config, results)
+    _add_import(commands, config, results)
+    return parser
+
+
+def _add_explain(commands, config) -> None:
     about = commands.add_parser("explain", help="what a key means, and its value", parents=[config])
+    about.set_defaults(call=tell)
     what = about.add_mutually_exclusive_group()
     what.add_argument("key", metavar="KEY", nargs="?", default="", help="such as kd.alpha, or a section (default: all)")
     what.add_argument("--write", action="store_true", help="write config/README.md anew from config/schema.yaml")
-    commands.add_parser("plan", help="what a config would run, before anything runs", parents=[config, results])
-    _add_import(commands, [config, results])
+
+
+def _add_retry(commands, results) -> None:
     retry = commands.add_parser(
         "retry", help="forget results, so that the next ./run makes them again", parents=[results]
     )
+    retry.set_defaults(call=forget)
     which = retry.add_mutually_exclusive_group(required=True)
     which.add_argument("--status", choices=STATUSES, help="every run that ended so")
     which.add_argument("--run", metavar="RUN_ID", help="one run")
-    args = parser.parse_args(argv)
-    if args.command == "retry":
-        return forget(args.results, args.status, args.run)
-    if args.command == "import-teacher":
-        return bring(args, sys.argv[1:] if argv is None else argv)
-    try:
-        print(tell(args) if args.command == "explain" else foresee(args.configfile, args.results))
-    except (ConfigError, AnalysisError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
 
 
-def tell(args: argparse.Namespace) -> str:
-    """What `explain` prints, and with --write the new config/README.md. Raises ConfigError for an unknown key."""
-    if args.write:
-        write_text(explain.readme_path(), explain.readme())
-        return f"written: {explain.readme_path()}"
-    return explain.explain(args.key, explain.read_config(args.configfile))
+def _add_bundle(commands, config, results) -> None:
+    about = "move finished runs and a campaign's files between machines"
+    ways = commands.add_parser("bundle", help=about).add_subparsers(dest="way", required=True)
+    out = ways.add_parser("export", help="write a campaign's bundle", parents=[config, results])
+    out.add_argument("out", type=Path, metavar="OUT", help="a .zip or .tar.gz")
+    out.add_argument("--weights", action="store_true", help="take the runs' weights along")
+    out.set_defaults(call=export_bundle)
+    into = ways.add_parser("import", help="take a bundle; refused as a whole if anything is amiss", parents=[results])
+    into.add_argument("file", type=Path, metavar="FILE", help="what bundle export wrote")
+    into.add_argument("--any-code", action="store_true", help="also results of other code than this checkout's")
+    into.set_defaults(call=lambda args: bundle.import_(args.file, args.results, args.any_code))
 
 
-def foresee(files: list[Path], results: Path) -> str:
-    """What `plan` prints. Raises ConfigError for a wrong config, AnalysisError for a result that can't be read."""
-    root = schema_path().parent.parent
-    return plan.plan(load(explain.read_config(files), root), root, results)
-
-
-def _add_import(commands, parents: list[argparse.ArgumentParser]) -> None:
+def _add_import(commands, config, results) -> None:
     """The flags of import-teacher: the checkpoint holds no architecture, no windows and no cost, so they are named."""
     about = "make a teacher of a checkpoint that the seed's trainer saved; --configfile names the data to measure it on"
-    parser = commands.add_parser("import-teacher", help=about, description=about, parents=parents)
+    parser = commands.add_parser("import-teacher", help=about, description=about, parents=[config, results])
+    parser.set_defaults(call=bring)
     parser.add_argument("file", metavar="FILE", type=Path, help="such as state_best.pt")
     parser.add_argument("--layers", type=int, required=True)
     parser.add_argument("--heads", type=int, required=True)
@@ -97,50 +110,64 @@ def _add_import(commands, parents: list[argparse.ArgumentParser]) -> None:
     parser.add_argument("--name", help="for its run id (default: from the file's name)")
 
 
-def bring(args: argparse.Namespace, argv: list[str]) -> int:
-    """Import a teacher; 1, with a word on stderr, if something is not as it should be."""
+def tell(args: argparse.Namespace) -> str:
+    """What `explain` prints, and with --write the new config/README.md. Raises ConfigError for an unknown key."""
+    if args.write:
+        write_text(explain.readme_path(), explain.readme())
+        return f"written: {explain.readme_path()}"
+    return explain.explain(args.key, explain.read_config(args.configfile))
+
+
+def foresee(args: argparse.Namespace) -> str:
+    """What `plan` prints. Raises ConfigError for a wrong config, AnalysisError for a result that can't be read."""
+    root = schema_path().parent.parent
+    return plan.plan(load(explain.read_config(args.configfile), root), root, args.results)
+
+
+def export_bundle(args: argparse.Namespace) -> str:
+    """What `bundle export` prints. Raises ConfigError for a wrong config, BundleError if there is nothing to export."""
+    root = schema_path().parent.parent
+    campaign = load(explain.read_config(args.configfile), root)
+    return bundle.export(campaign, root, args.results, args.out, args.weights)
+
+
+def bring(args: argparse.Namespace) -> str:
+    """What `import-teacher` prints. Raises ValueError that names the file, key or flag at fault."""
     from kdclimb import import_teacher as importing  # here, since torch takes seconds
 
     root = schema_path().parent.parent
-    files = " ".join(map(str, args.configfile))
-    try:
-        long_windows, windows = importing.choose_windows(args.windows_passed, args.long_windows, args.windows)
-        folder = importing.import_teacher(
-            args.file,
-            importing.Shape(args.layers, args.heads, args.head_dim, args.vocab_size, args.bigram_vocab_size),
-            load(explain.read_config(args.configfile), root),
-            root,
-            args.results,
-            name=args.name or importing.slug(args.file),
-            cost_ms=args.cost_ms,
-            long_windows=long_windows,
-            windows=windows,
-            command=f"PYTHONPATH=. python -m kdclimb {shlex.join(argv)}",
-            configfiles=files,
-            report=lambda text: print(text, file=sys.stderr),
-        )
-    except (ValueError, OSError) as error:
-        print(f"import-teacher: {error}", file=sys.stderr)
-        return 1
-    print(f"imported: {folder}\nto let it stand for teacher: teacher: {{imported: [{folder.name}]}}")
-    return 0
+    long_windows, windows = importing.choose_windows(args.windows_passed, args.long_windows, args.windows)
+    folder = importing.import_teacher(
+        args.file,
+        importing.Shape(args.layers, args.heads, args.head_dim, args.vocab_size, args.bigram_vocab_size),
+        load(explain.read_config(args.configfile), root),
+        root,
+        args.results,
+        name=args.name or importing.slug(args.file),
+        cost_ms=args.cost_ms,
+        long_windows=long_windows,
+        windows=windows,
+        command=f"PYTHONPATH=. python -m kdclimb {shlex.join(args.argv)}",
+        configfiles=" ".join(map(str, args.configfile)),
+        report=lambda text: print(text, file=sys.stderr),
+    )
+    return f"imported: {folder}\nto let it stand for teacher: teacher: {{imported: [{folder.name}]}}"
 
 
-def forget(results: Path, status: str | None, run_id: str | None) -> int:
-    """Delete the folders of the runs with this status or id; 1, with a word on stderr, if there is none. Imported
-    teachers stay: no ./run makes them again.
+def forget(args: argparse.Namespace) -> str:
+    """Delete the folders of the runs with this status or id, and say which. Raises ValueError if there is none.
 
     With them go the campaigns' tables that name such a run, and those campaigns' report pages: Snakemake makes a
-    missing file again only if something that it was asked for is missing too.
+    missing file again only if something that it was asked for is missing too. Imported teachers stay, since no ./run
+    makes them again.
     """
-    if run_id and run_id.startswith(PREFIX):
-        print(f"kdclimb retry: {run_id} was imported, not trained: import-teacher makes it again", file=sys.stderr)
-        return 1
-    folders = [file.parent for file in sorted(results.glob("runs/*/status.json")) if _matches(file, status, run_id)]
+    results = args.results
+    if args.run and args.run.startswith(PREFIX):
+        raise ValueError(f"kdclimb retry: {args.run} was imported, not trained: import-teacher makes it again")
+    folders = [f.parent for f in sorted(results.glob("runs/*/status.json")) if _matches(f, args.status, args.run)]
     if not folders:
-        asked = f"status {status}" if status else f"id {run_id}"
-        print(f"kdclimb retry: no run with {asked} under {results}/runs", file=sys.stderr)
-        return 1
+        asked = f"status {args.status}" if args.status else f"id {args.run}"
+        raise ValueError(f"kdclimb retry: no run with {asked} under {results}/runs")
     names = [folder.name for folder in folders]
     for campaign in results.iterdir():
         tables = list(campaign.rglob("*.csv")) if campaign.name not in ("runs", "data") else []
@@ -149,9 +176,7 @@ def forget(results: Path, status: str | None, run_id: str | None) -> int:
             file.unlink(missing_ok=True)
     for folder in folders:
         shutil.rmtree(folder)
-        print(f"forgotten: {folder}")
-    print("the next ./run makes them again")
-    return 0
+    return "\n".join([*(f"forgotten: {folder}" for folder in folders), "the next ./run makes them again"])
 
 
 def _matches(file: Path, status: str | None, run_id: str | None) -> bool:

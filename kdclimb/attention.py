@@ -28,17 +28,21 @@ class Documents:
 
     @classmethod
     def of(cls, starts: list[int], total: int, device: torch.device | str, longest: int | None = None) -> Documents:
-        """Of documents that start at these tokens of `total`. `longest`: what no document of the data exceeds.
-
-        On a GPU the number of boundaries is padded to a power of 2 and `max_len` is `longest`, so that compiled code
-        meets few shapes; empty documents cost its kernels next to nothing.
-        """
-        bounds = [*starts, total]
+        """Of documents that start at these tokens of `total`. `longest`: what no document of the data exceeds."""
         if torch.device(device).type == "cuda":
-            bounds += [total] * ((1 << max(7, len(starts).bit_length())) - len(starts))
-            return cls(to_device(torch.tensor(bounds, dtype=torch.int32), device), longest or total, total)
+            return cls.padded(starts, total, device, longest or total)
+        bounds = [*starts, total]
         max_len = max(b - a for a, b in pairwise(bounds))
         return cls(torch.tensor(bounds, dtype=torch.int32, device=device), max_len, total)
+
+    @classmethod
+    def padded(cls, starts: list[int], total: int, device: torch.device | str, longest: int) -> Documents:
+        """The same with a power of 2 of documents, some empty, and `max_len` as given: few shapes for compiled code.
+
+        Empty documents cost a GPU's kernels next to nothing, and the reference as much as full ones.
+        """
+        bounds = [*starts, total] + [total] * ((1 << max(7, len(starts).bit_length())) - len(starts))
+        return cls(to_device(torch.tensor(bounds, dtype=torch.int32), device), longest, total)
 
     @cached_property
     def slots(self) -> Tensor:

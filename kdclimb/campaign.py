@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -55,6 +56,11 @@ class ShardsSection:
     train: str
     val: str
     bos_id: int
+
+
+@dataclass(frozen=True)
+class PathsSection:
+    mirror: str | None
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,7 @@ class Campaign:
     campaign: str
     device: str
     code: str
+    paths: PathsSection
     data: DataSection
     student: StudentSection
     train: TrainSection
@@ -214,6 +221,7 @@ def load(config: dict, root: Path) -> Campaign:
     campaign = build(Campaign, config)
     _check_locks(campaign)
     _check_shapes(campaign)
+    _check_mirror(campaign, root)
     if campaign.data.source == "text":
         for i, name in enumerate(campaign.data.text.files):
             require((root / name).is_file(), f"data.text.files[{i}]", name, f"a file that exists under {root}")
@@ -231,6 +239,10 @@ def _explain(error: jsonschema.ValidationError) -> str:
         return f"{where}: unknown key; allowed here: {', '.join(sorted(known))}"
     if error.validator == "required":
         return f"{key}: {error.message}"
+    if error.validator == "type" and isinstance(error.validator_value, list):
+        return (
+            f"{key}: {error.instance!r} is not allowed; allowed: a value of type {' or '.join(error.validator_value)}"
+        )
     allowed = {
         "type": "a value of type {}",
         "enum": "one of {}",
@@ -291,6 +303,25 @@ def _check_shapes(campaign: Campaign) -> None:
         f"at most the first horizon ({train.horizons[0]})",
     )
     expand(campaign, {})  # constructs, and so checks, every shape
+
+
+def mirror_root(campaign: Campaign, root: Path) -> Path | None:
+    """The folder that `paths.mirror` names, in which results/ is copied; None if it names none."""
+    mirror = campaign.paths.mirror
+    return None if mirror is None else root / os.path.expanduser(mirror)
+
+
+def _check_mirror(campaign: Campaign, root: Path) -> None:
+    mirror = mirror_root(campaign, root)
+    if mirror is None:
+        return
+    results, copy = (root / "results").resolve(), (mirror / "results").resolve()
+    require(
+        not copy.is_relative_to(results) and (os.path.isdir(mirror) or not os.path.exists(mirror)),
+        "paths.mirror",
+        campaign.paths.mirror,
+        f"null, or a folder outside {results} whose own results/ is another",
+    )
 
 
 def _check_locks(campaign: Campaign) -> None:

@@ -104,7 +104,9 @@ def allowed(spec: dict) -> str:
         return "one of " + ", ".join(map(str, spec["enum"]))
     if spec["type"] == "array":
         return _allowed_list(spec)
-    kind = {"string": "text", "boolean": "true or false", "object": "section"}.get(spec["type"], spec["type"])
+    words = {"string": "text", "boolean": "true or false", "object": "section"}
+    types = spec["type"] if isinstance(spec["type"], list) else [spec["type"]]
+    kind = " or ".join(words.get(name, name) for name in types)
     limits = {
         "minimum": "at least {}",
         "exclusiveMinimum": "above {}",

@@ -124,7 +124,7 @@ class Matrices:
 class Optimizers:
     """The two optimisers as one: `step`, `untie`, and a state of plain tensors for resuming."""
 
-    def __init__(self, model: GPT, config: OptimConfig):
+    def __init__(self, model: GPT, config: OptimConfig, *, compiled: bool = False):
         self.model, self.config = model, config
         self.device = model.embed.device
         named, kinds = dict(model.named_parameters()), model.kinds()
@@ -143,7 +143,7 @@ class Optimizers:
         ]
         self.adam = torch.optim.Adam(groups, eps=1e-10, fused=True)
         self._muon_step, self._adam_decay = muon_step, adam_decay
-        if self.device.type == "cuda":
+        if compiled:
             self._muon_step, self._adam_decay = _compiled(muon_step), _compiled(adam_decay)
 
     @torch.no_grad()

@@ -46,10 +46,15 @@ def weights_sha256(folder: Path) -> str:
 
 
 def read_description(folder: Path) -> dict:
-    """model.json of a checkpoint. Raises ValueError if it isn't there or the weights aren't the ones it names."""
+    """model.json of a checkpoint. Raises ValueError if it or the weights aren't there, or aren't the ones it names."""
     if not (folder / "model.json").is_file():
         raise ValueError(f"{folder}: no checkpoint there; the run that owes it did not end well (see its train.log)")
     description = json.loads((folder / "model.json").read_text())
+    if not (folder / "model.safetensors").is_file():
+        raise ValueError(
+            f"{folder}: described, but without its weights; import a bundle that was exported with --weights, "
+            f"or train it here: python -m kdclimb retry --run {folder.parent.name}"
+        )
     if weights_sha256(folder) != description["weights_sha256"]:
         raise ValueError(f"{folder}/model.safetensors: not the weights that model.json describes; make them again")
     return description

@@ -89,7 +89,7 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         with torch.device(self.device):  # never whole on the host: a model too large for it must fail as `oom` too
             self.model = GPT(self.config.model, **self.options)
-        self.optimizers = Optimizers(self.model, self.config.optim)
+        self.optimizers = Optimizers(self.model, self.config.optim, compiled=self.options["compiled"])
         self.stream = self.dataset.train_stream(self.config.seed, self.config.schedule.max_doc_tokens)
         self.kd = None if self.teacher is None else KDController(self.config.kd, *self.teacher)
         self.step, self.tokens, self.time_ms, self.broken, self.recompiles = 0, 0, 0.0, 0, 0

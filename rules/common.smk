@@ -10,6 +10,7 @@ from snakemake.exceptions import WorkflowError
 from kdclimb import campaign as campaigns
 from kdclimb.config import ConfigError, canonical_json
 from kdclimb.imported import PREFIX
+from kdclimb.mirror import mirror, not_mirrored
 from kdclimb.provenance import source_hash
 
 ROOT = Path(workflow.basedir)
@@ -19,6 +20,7 @@ except ConfigError as error:
     raise WorkflowError(f"config: {error}")
 
 RESULTS = CAMPAIGN.results
+MIRROR = campaigns.mirror_root(CAMPAIGN, ROOT)
 DATA = f"results/data/{campaigns.data_id(CAMPAIGN, ROOT)}"
 
 # Jobs run this Python and this package, whatever the caller's shell would find first.
@@ -107,3 +109,14 @@ def train_code(wildcards):
     if CAMPAIGN.code == "frozen" and status.is_file():
         return json.loads(status.read_text())["code_hash"]
     return code("train")
+
+
+def copy_to_mirror():
+    """At the end of any run of the workflow, whatever was asked for and however it ended."""
+    if MIRROR is None:
+        return
+    try:
+        ids = [*(run.run_id for run in runs(*ALL_ARMS)), *CAMPAIGN.teacher.imported]
+        mirror(Path("results"), Path(RESULTS), ids, MIRROR)
+    except OSError as error:
+        print(not_mirrored(error, MIRROR), file=sys.stderr)

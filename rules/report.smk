@@ -49,3 +49,21 @@ rule report:
         " --ledger {input.ledger} --budget {input.budget} --selected {input.selected}"
         " --target {input.target} --verdict {input.verdict} --campaign {params.campaign}"
         " --figures $(dirname {output.steps}) --out {output.page} > {log} 2>&1"
+
+
+# Runs are copied as they finish; this makes sure of them all, and adds the campaign's files. Asked for if paths.mirror
+# is set. If the mirror can't be written, this fails, and nothing else.
+rule mirror:
+    input:
+        page=f"{RESULTS}/report/index.html",
+        ledger=f"{RESULTS}/tables/ledger.csv",
+    output:
+        f"{RESULTS}/logs/mirrored.json",
+    log:
+        f"{RESULTS}/logs/mirror.log",
+    conda:
+        "../envs/kdclimb.yaml"
+    params:
+        root=shlex.quote(str(MIRROR)),
+    shell:
+        "python workflow/scripts/mirror.py --root {params.root} --ledger {input.ledger} --out {output} > {log} 2>&1"

@@ -24,7 +24,9 @@ rule train:
     resources:
         attempt=lambda wildcards, attempt: attempt,
         gpu=int(CAMPAIGN.device == "cuda"),
-        code_policy=CAMPAIGN.code,  # not a param, since changing a param reruns
+        # Neither is a param, since changing a param reruns.
+        code_policy=CAMPAIGN.code,
+        mirror=f"--mirror {shlex.quote(str(MIRROR))}" if MIRROR else "",
     params:
         config=lambda wildcards: shlex.quote(asked_run(wildcards).canonical()),
         teacher=lambda wildcards, input: (f"--teacher {input.teacher}" if input.teacher else ""),
@@ -32,4 +34,4 @@ rule train:
     shell:
         "python workflow/scripts/train.py --config {params.config} --out $(dirname {output.status})"
         " --manifest {input.manifest} {params.teacher} --threads {threads}"
-        " --code {resources.code_policy} --attempt {resources.attempt} --attempts 2"
+        " --code {resources.code_policy} --attempt {resources.attempt} --attempts 2 {resources.mirror}"

@@ -31,6 +31,7 @@ EARLY_VALIDATIONS = 3  # after step 0: the first checkpoints, over which a teach
 EARLY_COLUMNS = tuple(f"early_val_{i}" for i in range(EARLY_VALIDATIONS + 1))  # nats; 0 is the one at step 0
 TRAINED_COLUMNS = ("candidate", "imported", *RUN_COLUMNS, *EARLY_COLUMNS, "missing_artifacts")
 WEIGHTS = ("checkpoints/model.safetensors", "checkpoints/model.json")
+ELSEWHERE = "checkpoints/model.safetensors.elsewhere"  # beside model.json: the run left its weights where it was made
 SELECTED_KEYS = ("run_id", "candidate", "imported", "final_val", "best_val", "train_time_ms", "budget_ms", "reason")
 
 
@@ -132,7 +133,8 @@ def teacher_train(runs: list[RunFolder], out: Path) -> None:
 def _trained_row(run: RunFolder) -> dict:
     losses = [row["val_loss"] for row in run.val[: len(EARLY_COLUMNS)]]
     losses += [None] * (len(EARLY_COLUMNS) - len(losses))
-    missing = [name for name in (*FILES, *WEIGHTS) if not (run.folder / name).is_file()]
+    owed = (*FILES, *(WEIGHTS[1:] if (run.folder / ELSEWHERE).is_file() else WEIGHTS))
+    missing = [name for name in owed if not (run.folder / name).is_file()]
     early = dict(zip(EARLY_COLUMNS, losses, strict=True))
     marks = {"candidate": run.label, "imported": int(run.imported), "missing_artifacts": " ".join(missing)}
     return run.row() | early | marks

@@ -93,9 +93,10 @@ def test_compiled_model_against_float64_without_waiting_and_without_new_graphs()
         return model
 
     def gradients(model, windows, longs):
-        documents = unpadded(starts, total)
         if model.backend == "torch_varlen":
             documents = Documents.of(starts, total, "cuda", total)
+        else:
+            documents = unpadded(starts, total)
         model.set_windows(windows, longs)
         model.zero_grad()
         hidden = model(tokens, documents)
@@ -137,7 +138,7 @@ def make_loss_inputs(tokens, gap=None):
 
 def loss_and_gradients(inputs, dtype, implementation, cap=CAP, **options):
     tensors, labels = inputs
-    h, w, th, tw = (t.to(dtype) for t in tensors)
+    h, w, th, tw = (t.detach().to(dtype) for t in tensors)  # leaves of its own in each call
     h.requires_grad_()
     w.requires_grad_()
     options = {"hard_weight": 0.5, "soft_weight": 0.5, "student_softcap": cap} | options
@@ -331,7 +332,7 @@ def test_running_out_of_memory_is_a_result(manifest, tmp_path):
 
 def test_both_optimisers_step_without_waiting_for_the_device_and_without_a_new_graph():
     model = GPT(config().model, backend="torch_varlen", compute_dtype=torch.bfloat16).cuda()
-    optimizers = Optimizers(model, OPTIM)
+    optimizers = Optimizers(model, OPTIM, compiled=True)
 
     def take(step):
         for p in model.parameters():

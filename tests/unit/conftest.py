@@ -1,9 +1,13 @@
 """A tiny campaign, its prepared data, and a trainer call, for the unit tests."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
+import torch
 from configs import ROOT, merged
 
 from kdclimb import campaign
+from kdclimb.attention import Documents, Span, attention
 from kdclimb.data import prepare
 from kdclimb.run import run
 
@@ -54,3 +58,27 @@ def teacher_folder(tiny_runs, train, tmp_path_factory):
     code, out = train(config, tmp_path_factory.mktemp("teacher"))
     assert code == 0
     return out / "checkpoints"
+
+
+@pytest.fixture
+def cpu_varlen():
+    """The attention operator of GPUs gets a kernel for CPUs, made of the reference."""
+    with torch.library._scoped_library("kdclimb", "IMPL") as library:
+        library.impl("varlen_attention", _varlen, "CPU")
+        library.impl("varlen_attention_backward", _varlen_backward, "CPU")
+        yield
+
+
+def _varlen(q, k, v, cu_seqlens, max_len, window, scale):
+    out = attention(q, k, v, Documents(cu_seqlens, max_len, len(q)), Span(window, scale), "reference")
+    return out.contiguous(), q.new_empty(q.shape[1], q.shape[0])
+
+
+def _varlen_backward(grad, q, k, v, out, log_norm, cu_seqlens, max_len, window, scale):
+    def gradients():
+        inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+        out = attention(*inputs, Documents(cu_seqlens, max_len, len(q)), Span(window, scale), "reference")
+        return torch.autograd.grad(out, inputs, grad)
+
+    with ThreadPoolExecutor(1) as pool:  # inside an operator's kernel this thread has no autograd
+        return pool.submit(gradients).result()

@@ -135,6 +135,16 @@ def test_missing_artifacts_are_listed(tmp_path, budget):
     assert rejected == {"A": "artifacts missing: val_loss.png checkpoints/model.safetensors"}
 
 
+def test_weights_left_elsewhere_are_not_missing_but_their_description_is(tmp_path, budget):
+    runs = candidates(tmp_path, "teacher", A={"val": FALLING})
+    (runs[0].folder / "checkpoints/model.safetensors").rename(runs[0].folder / selection.ELSEWHERE)
+    selection.teacher_train(runs, tmp_path / "trained.csv")
+    assert read_rows(tmp_path / "trained.csv")[0]["missing_artifacts"] == ""
+    (runs[0].folder / "checkpoints/model.json").unlink()
+    selection.teacher_train(runs, tmp_path / "trained.csv")
+    assert read_rows(tmp_path / "trained.csv")[0]["missing_artifacts"] == "checkpoints/model.json"
+
+
 def test_several_reasons_stand_together(tmp_path, budget):
     rising = {"val": [(0, 6.0), (25, 6.1)], "step_ms": 20.0}
     reason = measured_filter(tmp_path, budget, A=rising)["rejected"]["A"]

@@ -1,6 +1,7 @@
 """An imported teacher in the sweep: its folder as the analysis reads it, its place in the tables, what it forbids."""
 
 import dataclasses
+import hashlib
 import json
 
 import pytest
@@ -43,7 +44,9 @@ def write_imported(runs, config, final_val=4.5):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("x")
     write_json(folder / "config.json", dataclasses.asdict(config))
-    write_json(folder / "status.json", {"status": "ok", "reason": "imported from state_best.pt"})
+    write_json(folder / "checkpoints/model.json", {"weights_sha256": hashlib.sha256(b"x").hexdigest()})
+    status = {"status": "ok", "reason": "imported from state_best.pt", "code_hash": "0123456789ab"}
+    write_json(folder / "status.json", status)
     nothing = dict.fromkeys(SUMMARY_COLUMNS)
     row = {"run_id": config.run_id, "arm": "imported", "status": "ok", "steps": 250, "train_time_ms": config.cost_ms}
     row |= {"best_val": final_val, "final_val": final_val, "params_stored": 3e6, "flops_per_token": 6e6}
@@ -262,3 +265,17 @@ def test_retry_leaves_it_alone(tmp_path, capsys):
     assert cli.main(["retry", "--status", "ok", "--results", str(tmp_path)]) == 1
     assert cli.main(["retry", "--run", run.run_id, "--results", str(tmp_path)]) == 1
     assert "was imported, not trained" in capsys.readouterr().err and run.folder.is_dir()
+
+
+def test_it_travels_in_a_bundle_whatever_code_imported_it(tmp_path, capsys):
+    run = write_imported(tmp_path / "here/runs", make_imported())
+    overlay = tmp_path / "mine.yaml"
+    overlay.write_text(json.dumps({"device": "cpu", "teacher": {"imported": [run.run_id]}}))
+    data = campaigns.data_id(campaign_with(), ROOT)
+    write_json(tmp_path / f"here/data/{data}/manifest.json", {"data_hash": "0123", "train": [{"file": "a.bin"}]})
+    (tmp_path / "here/default").mkdir()
+    where = ["--configfile", str(overlay), "--results", str(tmp_path / "here")]
+    assert cli.main(["bundle", "export", str(tmp_path / "x.zip"), "--weights", *where]) == 0
+    assert cli.main(["bundle", "import", str(tmp_path / "x.zip"), "--results", str(tmp_path / "there")]) == 0
+    found = RunFolder.read(f"imported|seed|{tmp_path / 'there/runs' / run.run_id}")
+    assert found.imported and (found.folder / "checkpoints/model.safetensors").read_text() == "x"

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -157,42 +156,24 @@ def test_the_lookups_gradient_is_autograds_and_adds_up(tiny):
     torch.testing.assert_close(table.grad, other.grad)
 
 
-def test_layers_compile_whole_once_for_each_kind_and_not_again_for_new_windows(tiny):
-    """Through the operator that GPUs use, which for this test has a kernel made of the reference."""
-    with torch.library._scoped_library("kdclimb", "IMPL") as library:
-        library.impl("varlen_attention", cpu_varlen, "CPU")
-        library.impl("varlen_attention_backward", cpu_varlen_backward, "CPU")
-        plain, compiled = (awake(model(tiny)) for _ in range(2))
-        compiled.load_state_dict(plain.state_dict())
-        compiled.backend = "torch_varlen"
-        compiled._layer = compile_layer(backend="aot_eager")
-        before, counts = compiled_graphs(), []
-        for windows, longs, starts in (((4, 8), (8,), [0, 17]), ((6, 12), (8, 12), [0, 5]), ((6, 12), (8, 12), [0, 9])):
-            tokens = torch.randint(0, 384, (40,))
-            for gpt in (plain, compiled):
-                gpt.set_windows(windows, longs)
-                gpt.zero_grad()
-                bounds = torch.tensor([*starts, 40], dtype=torch.int32)
-                gpt(tokens, Documents(bounds, 40, 40)).square().mean().backward()
-            counts.append(compiled_graphs() - before)
-            for (name, ours), theirs in zip(compiled.named_parameters(), plain.parameters(), strict=True):
-                torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+def test_layers_compile_whole_once_for_each_kind_and_not_again_for_new_windows(tiny, cpu_varlen):
+    """Through the operator that GPUs use."""
+    plain, compiled = (awake(model(tiny)) for _ in range(2))
+    compiled.load_state_dict(plain.state_dict())
+    compiled.backend = "torch_varlen"
+    compiled._layer = compile_layer(backend="aot_eager")
+    before, counts = compiled_graphs(), []
+    for windows, longs, starts in (((4, 8), (8,), [0, 17]), ((6, 12), (8, 12), [0, 5]), ((6, 12), (8, 12), [0, 9])):
+        tokens = torch.randint(0, 384, (40,))
+        for gpt in (plain, compiled):
+            gpt.set_windows(windows, longs)
+            gpt.zero_grad()
+            bounds = torch.tensor([*starts, 40], dtype=torch.int32)
+            gpt(tokens, Documents(bounds, 40, 40)).square().mean().backward()
+        counts.append(compiled_graphs() - before)
+        for (name, ours), theirs in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
     assert counts == [4, 4, 4]  # of four layers no two are of one kind
-
-
-def cpu_varlen(q, k, v, cu_seqlens, max_len, window, scale):
-    out = attention(q, k, v, Documents(cu_seqlens, max_len, len(q)), Span(window, scale), "reference")
-    return out.contiguous(), q.new_empty(q.shape[1], q.shape[0])
-
-
-def cpu_varlen_backward(grad, q, k, v, out, log_norm, cu_seqlens, max_len, window, scale):
-    def gradients():
-        inputs = [t.detach().requires_grad_() for t in (q, k, v)]
-        out = attention(*inputs, Documents(cu_seqlens, max_len, len(q)), Span(window, scale), "reference")
-        return torch.autograd.grad(out, inputs, grad)
-
-    with ThreadPoolExecutor(1) as pool:  # inside an operator's kernel this thread has no autograd
-        return pool.submit(gradients).result()
 
 
 def test_tying_follows_untie_frac(tiny):

@@ -14,9 +14,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-WITHOUT_TORCH = [
-    f"kdclimb.{name}" for name in ("campaign", "config", "explain", "imported", "plan", "provenance")
-] + sorted(
+LIGHT = ("bundle", "campaign", "config", "explain", "imported", "mirror", "plan", "provenance")
+WITHOUT_TORCH = [f"kdclimb.{name}" for name in LIGHT] + sorted(
     f"kdclimb.analysis.{path.stem}" for path in (ROOT / "kdclimb/analysis").glob("*.py") if path.stem != "__init__"
 )
 
@@ -84,6 +83,13 @@ def test_the_test_packages_only_add():
 def test_env_and_requirements_pin_the_same():
     assert pins(env_lines()) == pins(requirement_lines("requirements.txt"))
     assert sorted(env_lines()) == sorted(requirement_lines("requirements.txt")), "extras differ"
+
+
+def test_the_citation_names_this_version_and_licence():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == PYPROJECT["version"] and cited["cff-version"] == "1.2.0"
+    assert (ROOT / "LICENSE").read_text().startswith(f"{cited['license']} License")
+    assert all(cited[key] for key in ("message", "title", "authors"))
 
 
 def test_env_and_pyproject_ask_for_the_same_python():

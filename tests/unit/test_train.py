@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -9,18 +10,24 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from configs import ROOT
 from safetensors.torch import load_file
 
+from kdclimb import model as model_module
+from kdclimb import optim as optim_module
 from kdclimb import run as run_module
 from kdclimb import train as train_module
 from kdclimb.artifacts import ARTIFACTS, STEP_COLUMNS, SUMMARY_COLUMNS, VAL_COLUMNS, RunFolder
+from kdclimb.attention import Documents
 from kdclimb.config import ConfigError
+from kdclimb.data import Dataset
+from kdclimb.model import compile_layer
 from kdclimb.run import EXIT_INTERRUPTED
-from kdclimb.train import SHARE_EVERY, Trainer
+from kdclimb.train import SHARE_EVERY, Trainer, compiled_graphs
 
 
 def pick(runs, arm, seed=0):
@@ -318,3 +325,25 @@ def test_a_failure_keeps_nothing_of_an_earlier_result(kd_run, tiny_runs, train, 
     assert train(pick(tiny_runs, "kd"), tmp_path, teacher_folder)[0] == 0
     assert json.loads((out / "status.json").read_text())["status"] == "failed"
     assert list((out / "checkpoints").iterdir()) == [] and rows(out / "steps.csv") == []
+
+
+@pytest.mark.slow
+def test_no_graph_is_made_inside_the_clock(tiny_runs, manifest, teacher_folder, monkeypatch, cpu_varlen):
+    """What a GPU compiles, here by a quick backend: over a reset, all stages, the untying and the end of KD."""
+    quick = compile_layer("aot_eager")
+    monkeypatch.setattr(model_module, "compile_layer", lambda: quick)
+    options = {"fullgraph": True, "dynamic": False, "backend": "aot_eager"}
+    monkeypatch.setattr(optim_module, "_compiled", functools.cache(lambda f: torch.compile(f, **options)))
+    monkeypatch.setattr(Documents, "of", Documents.padded)
+    config = pick(tiny_runs, "kd")
+    config = dataclasses.replace(config, kd=dataclasses.replace(config.kd, stop_margin=9.0, stop_min_step=50))
+    trainer = Trainer(config, Dataset(manifest), teacher_folder, "torch_varlen")
+    before = compiled_graphs()
+    trainer.options["compiled"] = True
+    trainer.teacher = trainer._load_teacher()
+    trainer.reset()
+    trainer.warm_up()
+    made, reported = compiled_graphs() - before, []
+    trainer.train(lambda: None, lambda: False, SimpleNamespace(update=lambda n: None, report=reported.append))
+    assert made > 4 and trainer.recompiles == 0
+    assert trainer.model.head is not None and trainer.kd.stop_step == 50

@@ -1,6 +1,7 @@
 """Copies of the project to run campaigns in, with ./run and the .venv that ./test made."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PARTS = "Snakefile config data envs kdclimb requirements.txt requirements-dev.txt rules run tests workflow".split()
@@ -79,3 +81,14 @@ class Checkout:
         """Every CSV and JSON of the campaign, by its path."""
         folder = self.path / "results" / campaign
         return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.suffix in (".csv", ".json")}
+
+
+def jobs(output: str) -> list[str]:
+    """The rules of the jobs that were run, in order."""
+    return re.findall(r"^(?:local)?(?:rule|checkpoint) (\w+):$", output, flags=re.MULTILINE)
+
+
+def overlay(checkout: Checkout, name: str, **changes) -> list[str]:
+    """Write a config that changes the tiny one; the arguments that use it."""
+    (checkout.path / f"{name}.yaml").write_text(yaml.safe_dump(changes))
+    return ["--configfile", "tests/tiny.yaml", f"{name}.yaml"]

@@ -9,7 +9,7 @@ import pytest
 import seed_checkpoints
 import torch
 import yaml
-from checkouts import ROOT, TINY, Checkout
+from checkouts import ROOT, TINY, jobs, overlay
 
 pytestmark = pytest.mark.slow
 
@@ -22,17 +22,6 @@ LEDGER = (
 def rows(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def jobs(output: str) -> list[str]:
-    """The rules of the jobs that were run, in order."""
-    return re.findall(r"^(?:local)?(?:rule|checkpoint) (\w+):$", output, flags=re.MULTILINE)
-
-
-def overlay(checkout: Checkout, name: str, **changes) -> list[str]:
-    """Write a config that changes the tiny one; the arguments that use it."""
-    (checkout.path / f"{name}.yaml").write_text(yaml.safe_dump(changes))
-    return ["--configfile", "tests/tiny.yaml", f"{name}.yaml"]
 
 
 # ---- what a campaign makes

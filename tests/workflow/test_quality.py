@@ -10,6 +10,7 @@ import pytest
 from checkouts import ROOT
 
 BIN = Path(sys.executable).parent
+PAGES = sorted(path.stem for path in (ROOT / "docs").glob("*.md"))
 
 
 def check(*command):
@@ -39,7 +40,8 @@ def test_snakefile_is_short():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/DESIGN.md", "docs/METHODS.md", "docs/KERNELS.md", "docs/LOG.md", "data/README.md"]
+    "page",
+    ["README.md", *(f"docs/{name}.md" for name in PAGES), "data/README.md", "results/README.md", "CONTRIBUTING.md"],
 )
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text())

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ parser.add_argument("--threads", type=int, required=True)
 parser.add_argument("--code", choices=("track", "frozen"), default="track", help="frozen: keep a run of any code")
 parser.add_argument("--attempt", type=int, default=1, help="which attempt this is, of --attempts")
 parser.add_argument("--attempts", type=int, default=1, help="an unexpected failure is a result only on the last one")
+parser.add_argument("--mirror", metavar="ROOT", help="a second root, where a finished run is copied to")
 
 if __name__ == "__main__":
     args = parser.parse_args()
@@ -33,4 +35,7 @@ if __name__ == "__main__":
         )
     except ValueError as error:
         sys.exit(f"train: {error}")
+    if code == 0 and args.mirror:  # a program of its own: an import would make mirroring a part of the trainer's hash
+        copy = [sys.executable, "workflow/scripts/mirror.py", "--root", args.mirror, "--run", args.out]
+        subprocess.run(copy)  # says what fails; the run has its result all the same
     sys.exit(code)
