@@ -1,5 +1,5 @@
-"""What a config means and what it would run; forgetting results, so that the next ./run makes them again; and moving
-them between machines.
+"""What a config means and what it would run; forgetting results, so that the next ./run makes them again; moving them
+between machines; and teachers from elsewhere.
 
 python -m kdclimb explain kd.stop_margin              # one key; a section lists its keys
 python -m kdclimb plan --configfile config/h100.yaml  # runs, tokens and time, before anything runs
@@ -7,12 +7,14 @@ python -m kdclimb retry --status oom                  # every run that ended out
 python -m kdclimb retry --run ce-3x128-100-s0-...     # this run, however it ended
 python -m kdclimb bundle export tiny.zip              # a campaign's finished runs and files
 python -m kdclimb bundle import tiny.zip              # the same, on another machine
+python -m kdclimb import-teacher state_best.pt --layers 3 --heads 6 --windows-passed 3 --cost-ms 56600  # the seed's
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -20,12 +22,14 @@ from pathlib import Path
 from kdclimb import bundle, explain, plan
 from kdclimb.artifacts import write_text
 from kdclimb.campaign import load, schema_path
+from kdclimb.imported import PREFIX
 
 STATUSES = ("ok", "diverged", "oom", "failed", "interrupted")
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(argv, argparse.Namespace(argv=argv))
     try:
         print(args.call(args))
     except (ValueError, OSError) as error:  # ConfigError, AnalysisError and BundleError are ValueErrors
@@ -50,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     plan_.set_defaults(call=foresee)
     _add_retry(commands, results)
     _add_bundle(commands, config, results)
+    _add_import(commands, config, results)
     return parser
 
 
@@ -84,6 +89,27 @@ def _add_bundle(commands, config, results) -> None:
     into.set_defaults(call=lambda args: bundle.import_(args.file, args.results, args.any_code))
 
 
+def _add_import(commands, config, results) -> None:
+    """The flags of import-teacher: the checkpoint holds no architecture, no windows and no cost, so they are named."""
+    about = "make a teacher of a checkpoint that the seed's trainer saved; --configfile names the data to measure it on"
+    parser = commands.add_parser("import-teacher", help=about, description=about, parents=[config, results])
+    parser.set_defaults(call=bring)
+    parser.add_argument("file", metavar="FILE", type=Path, help="such as state_best.pt")
+    parser.add_argument("--layers", type=int, required=True)
+    parser.add_argument("--heads", type=int, required=True)
+    parser.add_argument("--head-dim", type=int, default=128, help="(default: 128)")
+    parser.add_argument("--vocab-size", type=int, default=50304, help="padded (default: 50304)")
+    parser.add_argument("--bigram-vocab-size", type=int, default=251520, help="BIGRAM_VOCAB_SIZE (default: 251520)")
+    trained = parser.add_mutually_exclusive_group(required=True)
+    passed = "how many of the long windows 384, 896, 1408, 1664 (three stages, extension) it was trained through"
+    trained.add_argument("--windows-passed", type=int, choices=(1, 2, 3, 4), metavar="N", help=passed)
+    trained.add_argument("--long-windows", type=int, nargs="+", metavar="TOKENS", help="these instead, in order")
+    used = "windows to run it with, such as 768 2560 (default: the last that it was trained with)"
+    parser.add_argument("--windows", type=int, nargs=2, metavar=("SHORT", "LONG"), help=used)
+    parser.add_argument("--cost-ms", type=float, required=True, metavar="MS", help="training time it is charged with")
+    parser.add_argument("--name", help="for its run id (default: from the file's name)")
+
+
 def tell(args: argparse.Namespace) -> str:
     """What `explain` prints, and with --write the new config/README.md. Raises ConfigError for an unknown key."""
     if args.write:
@@ -105,13 +131,39 @@ def export_bundle(args: argparse.Namespace) -> str:
     return bundle.export(campaign, root, args.results, args.out, args.weights)
 
 
+def bring(args: argparse.Namespace) -> str:
+    """What `import-teacher` prints. Raises ValueError that names the file, key or flag at fault."""
+    from kdclimb import import_teacher as importing  # here, since torch takes seconds
+
+    root = schema_path().parent.parent
+    long_windows, windows = importing.choose_windows(args.windows_passed, args.long_windows, args.windows)
+    folder = importing.import_teacher(
+        args.file,
+        importing.Shape(args.layers, args.heads, args.head_dim, args.vocab_size, args.bigram_vocab_size),
+        load(explain.read_config(args.configfile), root),
+        root,
+        args.results,
+        name=args.name or importing.slug(args.file),
+        cost_ms=args.cost_ms,
+        long_windows=long_windows,
+        windows=windows,
+        command=f"PYTHONPATH=. python -m kdclimb {shlex.join(args.argv)}",
+        configfiles=" ".join(map(str, args.configfile)),
+        report=lambda text: print(text, file=sys.stderr),
+    )
+    return f"imported: {folder}\nto let it stand for teacher: teacher: {{imported: [{folder.name}]}}"
+
+
 def forget(args: argparse.Namespace) -> str:
     """Delete the folders of the runs with this status or id, and say which. Raises ValueError if there is none.
 
     With them go the campaigns' tables that name such a run, and those campaigns' report pages: Snakemake makes a
-    missing file again only if something that it was asked for is missing too.
+    missing file again only if something that it was asked for is missing too. Imported teachers stay, since no ./run
+    makes them again.
     """
     results = args.results
+    if args.run and args.run.startswith(PREFIX):
+        raise ValueError(f"kdclimb retry: {args.run} was imported, not trained: import-teacher makes it again")
     folders = [f.parent for f in sorted(results.glob("runs/*/status.json")) if _matches(f, args.status, args.run)]
     if not folders:
         asked = f"status {args.status}" if args.status else f"id {args.run}"
@@ -128,7 +180,9 @@ def forget(args: argparse.Namespace) -> str:
 
 
 def _matches(file: Path, status: str | None, run_id: str | None) -> bool:
-    return file.parent.name == run_id if run_id else json.loads(file.read_text())["status"] == status
+    if run_id:
+        return file.parent.name == run_id
+    return not file.parent.name.startswith(PREFIX) and json.loads(file.read_text())["status"] == status
 
 
 if __name__ == "__main__":

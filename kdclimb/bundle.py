@@ -36,7 +36,8 @@ from tqdm import tqdm
 from kdclimb.analysis import selection
 from kdclimb.artifacts import MADE_AT_THE_END, write_text, write_via
 from kdclimb.campaign import Campaign, data_id, expand, read_decisions
-from kdclimb.config import ConfigError, RunConfig, build
+from kdclimb.config import ConfigError, build
+from kdclimb.imported import PREFIX, read_config
 from kdclimb.mirror import campaign_files, run_files
 from kdclimb.provenance import git_commit, source_hash
 
@@ -117,7 +118,8 @@ def _runs(campaign: Campaign, root: Path, results: Path) -> tuple[int, list[str]
         decisions = read_decisions(folder)
     except ValueError as error:
         raise BundleError(f"{folder}: a decision can't be read: {error}") from error
-    run_ids = list(dict.fromkeys(run.run_id for run in expand(campaign, decisions, data_id(campaign, root))))
+    runs = expand(campaign, decisions, data_id(campaign, root))
+    run_ids = list(dict.fromkeys([*(run.run_id for run in runs), *campaign.teacher.imported]))
     return len(run_ids), [name for name in run_ids if (results / "runs" / name / "status.json").is_file()]
 
 
@@ -287,7 +289,7 @@ def _check_contents(archive: _Archive, index: Index) -> tuple[dict[str, dict], d
         if missing:
             raise BundleError(f"{archive.file}: {folder}/{missing[0]}: missing")
         try:
-            found = RunConfig.from_dict(archive.json(entries[f"{folder}/config.json"])).run_id
+            found = read_config(archive.json(entries[f"{folder}/config.json"])).run_id
         except ConfigError as error:
             raise BundleError(f"{archive.file}: {folder}/config.json: {error}") from error
         if found != run_id:
@@ -310,7 +312,8 @@ def _check_weights(archive: _Archive, entries: dict[str, Entry], folder: str, st
 
 def _check_code(file: Path, index: Index, runs: dict[str, dict]) -> None:
     ours = source_hash("workflow/scripts/train.py")
-    other = [run_id for run_id, status in runs.items() if status["code_hash"] != ours]
+    trained = {run_id: status for run_id, status in runs.items() if not run_id.startswith(PREFIX)}
+    other = [run_id for run_id, status in trained.items() if status["code_hash"] != ours]
     if other:
         raise BundleError(
             f"{file}: runs/{other[0]}: trained by other code than this checkout's (commit {index.kdclimb_commit}); "

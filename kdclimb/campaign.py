@@ -36,6 +36,7 @@ from kdclimb.config import (
     require,
     short_hash,
 )
+from kdclimb.imported import COMMAND, read_config
 
 LOCKED_VALIDATION_EVERY = 25  # steps
 LOCKED_BUDGET_FRACTION = 0.10
@@ -137,6 +138,7 @@ class TeacherSection:
     value_layers: tuple[int, ...]
     probe_steps: int
     candidates: tuple[Candidate, ...]
+    imported: tuple[str, ...]  # run ids
 
 
 @dataclass(frozen=True)
@@ -378,19 +380,44 @@ def read_decisions(folder: Path) -> dict:
     }
 
 
+def check_imported(campaign: Campaign, data: str, results: Path) -> None:
+    """Raise ConfigError unless each of teacher.imported lies under `results`/runs and was measured on `data` (a data
+    id), and on the validation set and packing of this campaign.
+    """
+    asked = {
+        "data": data,
+        "device": campaign.device,
+        "validation.tokens": campaign.validation.tokens,
+        "train.micro_batch_tokens": campaign.train.micro_batch_tokens,
+        "train.max_doc_tokens": campaign.train.max_doc_tokens,
+    }
+    for run_id in campaign.teacher.imported:
+        folder = results / "runs" / run_id
+        if not (folder / "status.json").is_file():
+            raise ConfigError(f"teacher.imported: {folder} holds no finished import; it is made by: {COMMAND}")
+        found = read_config(json.loads((folder / "config.json").read_text())).measured_on()
+        for key, value in asked.items():
+            if found[key] != value:
+                raise ConfigError(
+                    f"teacher.imported: {run_id} was measured with {key} {found[key]}, but this campaign has {value}; "
+                    "import it again with this campaign's --configfile"
+                )
+
+
 def expand(campaign: Campaign, decisions: dict, data: str = "unprepared") -> list[Run]:
     """Every run that the campaign names, given the decisions taken so far. Pure.
 
     Arms, in order: ce, probe; teacher (needs `projected`); isolate, screen (need `selected`); kd,
     control_boost, control_random (need `promoted`). A decision that speaks of something the config
-    no longer holds expands to nothing. Runs that several arms share appear once for each.
+    no longer holds expands to nothing. Runs that several arms share appear once for each. Imported teachers are no
+    runs of the campaign: `teacher.imported` names them.
     """
     runs = _Expansion(campaign, data)
     arms = runs.ce() + runs.teachers("probe", campaign.teacher.candidates)
     surviving = set(decisions.get("projected", {}).get("survivors", ()))
     arms += runs.teachers("teacher", [c for c in campaign.teacher.candidates if c.name in surviving])
     teacher = decisions.get("selected", {}).get("run_id")
-    if teacher not in {run.run_id for run in arms if run.arm == "teacher"}:
+    if teacher not in {*campaign.teacher.imported, *(run.run_id for run in arms if run.arm == "teacher")}:
         return arms
     arms += runs.isolates(teacher) + runs.screen(teacher)
     promoted = set(decisions.get("promoted", {}).get("points", ()))

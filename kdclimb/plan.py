@@ -114,7 +114,7 @@ def _taken(campaign: Campaign, decisions: dict, data: str) -> dict:
     if "selected" not in decisions:
         return taken
     teachers = {run.run_id for run in expand(campaign, taken, data) if run.arm == "teacher"}
-    if decisions["selected"].get("run_id") not in teachers | {None}:
+    if decisions["selected"].get("run_id") not in teachers | {*campaign.teacher.imported, None}:
         return taken
     taken["selected"] = decisions["selected"]
     points, promoted = {point.name for point in grid_points(campaign.kd.grid)}, decisions.get("promoted", {})
@@ -134,6 +134,7 @@ def _largest(campaign: Campaign, taken: dict, data: str) -> dict:
     """
     decisions = {"projected": {"survivors": [c.name for c in campaign.teacher.candidates]}} | taken
     teachers = [run.run_id for run in expand(campaign, decisions, data) if run.arm == "teacher"]
+    teachers += campaign.teacher.imported
     decisions = {"selected": {"run_id": teachers[0] if teachers else None}} | decisions
     return {"promoted": {"points": _costliest_points(campaign)}} | decisions
 
@@ -181,7 +182,7 @@ def run_tokens(config: RunConfig) -> int:
 
 
 def finished_runs(results: Path) -> tuple[dict[str, RunFolder], list[str]]:
-    """{run id: run} of all finished runs, however they ended, and one message for each folder that can't be read."""
+    """{run id: run} of all runs that ended here, however, and one message for each folder that can't be read."""
     runs, unreadable = {}, []
     for status in sorted(results.glob("runs/*/status.json")):
         try:
@@ -189,7 +190,8 @@ def finished_runs(results: Path) -> tuple[dict[str, RunFolder], list[str]]:
         except AnalysisError as error:
             unreadable.append(str(error))
         else:
-            runs[run.run_id] = run
+            if not run.imported:
+                runs[run.run_id] = run
     return runs, unreadable
 
 

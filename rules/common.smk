@@ -9,6 +9,7 @@ from snakemake.exceptions import WorkflowError
 
 from kdclimb import campaign as campaigns
 from kdclimb.config import ConfigError, canonical_json
+from kdclimb.imported import PREFIX
 from kdclimb.mirror import mirror, not_mirrored
 from kdclimb.provenance import source_hash
 
@@ -30,7 +31,7 @@ os.environ.update(
 
 
 wildcard_constraints:
-    run=r"[A-Za-z0-9.-]+",
+    run=rf"(?!{PREFIX})[A-Za-z0-9.-]+",
 
 
 def runs(*arms):
@@ -49,13 +50,33 @@ def asked_run(wildcards):
     raise WorkflowError(f"results/runs/{wildcards.run}: no run of campaign {CAMPAIGN.campaign} has this name")
 
 
+def imported_runs(arms):
+    """Ids of the imported teachers, if they are among these arms; an error if one isn't there, or doesn't fit."""
+    if "imported" not in arms:
+        return []
+    try:
+        campaigns.check_imported(CAMPAIGN, Path(DATA).name, Path("results"))
+    except ConfigError as error:
+        raise WorkflowError(f"config: {error}")
+    return CAMPAIGN.teacher.imported
+
+
+if Path(DATA, "manifest.json").is_file():  # without data nothing can be imported, and data is made by this workflow
+    imported_runs(["imported"])  # here, since Snakemake drops an input function's error if the rule's output is there
+
+
 def summaries(*arms, after=()):
-    """Input function: the results of all runs of these arms, known once the checkpoints in `after` have decided."""
+    """Input function: the results of all runs of these arms, known once the checkpoints in `after` have decided.
+
+    Their decisions are inputs too: without, Snakemake would not ask again which runs they are where a decision that is
+    there already is taken anew.
+    """
 
     def function(wildcards):
-        for name in after:
-            getattr(checkpoints, name).get()
-        return [f"results/runs/{run.run_id}/status.json" for run in runs(*arms)]
+        ids = imported_runs(arms)  # first, so that a mistake stops everything before anything is trained
+        decided = [getattr(checkpoints, name).get().output[0] for name in after]
+        ids = [run.run_id for run in runs(*arms)] + list(ids)
+        return [f"results/runs/{run_id}/status.json" for run_id in ids] + decided
 
     return function
 
@@ -64,7 +85,9 @@ def run_flags(*arms):
     """Params function: these runs as --run flags, each 'ARM|LABEL|FOLDER'."""
 
     def function(wildcards):
-        flags = [f"{run.arm}|{run.label}|results/runs/{run.run_id}" for run in runs(*arms)]
+        named = [(run.arm, run.label, run.run_id) for run in runs(*arms)]
+        named += [("imported", run_id, run_id) for run_id in imported_runs(arms)]
+        flags = [f"{arm}|{label}|results/runs/{run_id}" for arm, label, run_id in named]
         return " ".join(f"--run {shlex.quote(flag)}" for flag in flags)
 
     return function
@@ -93,6 +116,7 @@ def copy_to_mirror():
     if MIRROR is None:
         return
     try:
-        mirror(Path("results"), Path(RESULTS), [run.run_id for run in runs(*ALL_ARMS)], MIRROR)
+        ids = [*(run.run_id for run in runs(*ALL_ARMS)), *CAMPAIGN.teacher.imported]
+        mirror(Path("results"), Path(RESULTS), ids, MIRROR)
     except OSError as error:
         print(not_mirrored(error, MIRROR), file=sys.stderr)

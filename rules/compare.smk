@@ -3,6 +3,7 @@ ALL_ARMS = (
     "ce",
     "probe",
     "teacher",
+    "imported",
     "isolate",
     "screen",
     "kd",

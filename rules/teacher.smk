@@ -35,7 +35,7 @@ checkpoint filter_projected:
 
 rule teacher_train:
     input:
-        summaries("teacher", after=["filter_projected"]),
+        summaries("teacher", "imported", after=["filter_projected"]),
     output:
         f"{RESULTS}/teacher/trained.csv",
     log:
@@ -43,7 +43,7 @@ rule teacher_train:
     conda:
         "../envs/kdclimb.yaml"
     params:
-        runs=run_flags("teacher"),
+        runs=run_flags("teacher", "imported"),
         code=code("teacher_train"),
     shell:
         "python workflow/scripts/teacher_train.py {params.runs} --out {output} > {log} 2>&1"

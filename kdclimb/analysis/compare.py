@@ -42,8 +42,8 @@ SAVINGS = {  # what is saved: the column that it is a difference of
     "time_saved_with_teacher_ms": "time_to_target_with_teacher_ms",
 }
 TEACHER_COLUMNS = tuple(
-    "candidate verdict reason projected_ms train_time_ms budget_ms final_val best_val params_stored params_active "
-    "flops_per_token probe_step_ms probe_run_id run_id".split()
+    "candidate imported verdict reason projected_ms train_time_ms budget_ms final_val best_val params_stored "
+    "params_active flops_per_token probe_step_ms probe_run_id run_id".split()
 )
 
 
@@ -70,7 +70,7 @@ def compare(
     Raises AnalysisError for a missing or malformed input, and where a run was made under another clock.
     """
     for run in runs:
-        if run.config.clock != clock:
+        if run.config.clock != clock and not run.imported:
             raise AnalysisError(f"{run.folder / 'config.json'}: clock {run.config.clock}; the campaign's is {clock}")
     limit, teacher, goal = read_budget(budget), read_json(selected, SELECTED_KEYS), read_target(target)
     points = read_json(promoted, ["points", "reason"])
@@ -82,7 +82,7 @@ def compare(
     rejected = [read_json(path, ["rejected"])["rejected"] for path in (projected, measured)]
     teachers = teacher_rows(*candidates, rejected[0] | rejected[1], teacher)
     write_csv(out_teachers, TEACHER_COLUMNS, teachers)
-    doubts = doubts_of(rows, runs, points["points"], clock, exploratory)
+    doubts = doubts_of(rows, runs, points["points"], clock, exploratory, bool(teacher["imported"]))
     found = verdict(rows, limit, teacher, goal, points, doubts)
     if teacher["run_id"] is None:
         found["sentence"] = no_teacher(teachers, limit)
@@ -139,27 +139,33 @@ def _minus(a: float | None, b: float | None) -> float | None:
 
 
 def teacher_rows(probes: list[dict], trained: list[dict], rejected: dict, teacher: dict) -> list[dict]:
-    """One row of TEACHER_COLUMNS for each candidate: projected and measured time, loss, verdict and its reason."""
+    """One row of TEACHER_COLUMNS for each candidate, the imported ones last: projected and measured (or declared) time,
+    loss, verdict and its reason.
+    """
     by_name = {row["candidate"]: row for row in trained}
-    nothing = dict.fromkeys(TRAINED_COLUMNS)
+    nothing, unprobed = dict.fromkeys(TRAINED_COLUMNS), dict.fromkeys(("projected_ms", "probe_step_ms", "probe_run_id"))
     rows = []
     for probe in probes:
-        name = probe["candidate"]
-        row = nothing | {key: by_name[name][key] for key in TRAINED_COLUMNS} if name in by_name else dict(nothing)
+        row = nothing | by_name.get(probe["candidate"], {})
         row |= {key: probe[key] for key in TEACHER_COLUMNS if key in PROBE_COLUMNS and key not in ("reason", "run_id")}
-        row |= {"probe_run_id": probe["run_id"], "budget_ms": teacher["budget_ms"]}
-        if name == teacher["candidate"]:
-            row |= {"verdict": "selected", "reason": teacher["reason"]}
-        elif name in rejected:
-            row |= {"verdict": "rejected", "reason": rejected[name]}
-        else:
-            row |= {"verdict": "survivor", "reason": "within the budget, but not the lowest loss"}
-        rows.append(row)
-    return rows
+        rows.append(row | {"probe_run_id": probe["run_id"], "imported": 0})
+    rows += [row | unprobed for row in trained if row["imported"]]
+    return [row | _judged(row["candidate"], rejected, teacher) for row in rows]
 
 
-def doubts_of(rows: list[dict], runs: list[RunFolder], points: list[str], clock: str, exploratory: bool) -> list[str]:
-    """Why what is measured can't be claimed; empty where it can."""
+def _judged(name: str, rejected: dict, teacher: dict) -> dict:
+    budget = {"budget_ms": teacher["budget_ms"]}
+    if name == teacher["candidate"]:
+        return budget | {"verdict": "selected", "reason": teacher["reason"]}
+    if name in rejected:
+        return budget | {"verdict": "rejected", "reason": rejected[name]}
+    return budget | {"verdict": "survivor", "reason": "within the budget, but not the lowest loss"}
+
+
+def doubts_of(
+    rows: list[dict], runs: list[RunFolder], points: list[str], clock: str, exploratory: bool, imported: bool = False
+) -> list[str]:
+    """Why what is measured can't be claimed; empty where it can. `imported`: the teacher was trained elsewhere."""
     pairs = pair_up(rows, points[0]) if points else []
     compared = sum(pair["outcome"] == "both" for pair in pairs)
     notes = sorted({pair["kd"]["time_note"] for pair in pairs if pair["kd"]["time_note"]})
@@ -169,6 +175,8 @@ def doubts_of(rows: list[dict], runs: list[RunFolder], points: list[str], clock:
         doubts.append("time is modelled from FLOPs, not measured")
     if exploratory:
         doubts.append("the campaign is exploratory: a lock was lifted")
+    if imported:
+        doubts.append("the teacher was imported: its time is declared, not measured, and so is its place in the budget")
     doubts += [f"times only: {note}" for note in notes]
     if compared < 2:
         doubts.append(
@@ -198,7 +206,7 @@ def verdict(rows: list[dict], budget: dict, teacher: dict, target: dict, promote
 
     The point is the one that the screen ranked first: picking the best of several full runs would flatter
     KD. kd_pays_* is true only where KD was ahead with every seed in which the target was reached, and null
-    where nothing can be said.
+    where nothing can be said, as of a time that counts an imported teacher's declared one.
     """
     points = promoted["points"]
     pairs = pair_up(rows, points[0]) if points else []
@@ -206,12 +214,13 @@ def verdict(rows: list[dict], budget: dict, teacher: dict, target: dict, promote
     result = {
         "budget_ms": budget["budget_ms"],
         "teacher_ms": teacher["train_time_ms"],
+        "teacher_imported": bool(teacher["imported"]),
         "budget_share": None if teacher["run_id"] is None else teacher["train_time_ms"] / budget["budget_ms"],
         "claimable": not doubts,
         "not_claimable_because": doubts,
         "kd_alive": kd_alive(rows, points[0] if points else None),
         "kd_pays_steps": pays(pairs, "steps_saved"),
-        "kd_pays_time_with_teacher": pays(pairs, "time_saved_with_teacher_ms"),
+        "kd_pays_time_with_teacher": None if teacher["imported"] else pays(pairs, "time_saved_with_teacher_ms"),
         "n_seeds": len(both),
         "point": points[0] if points else None,
         "horizon": budget["horizon"],
@@ -298,7 +307,8 @@ def _no_comparison(promoted: dict, pairs: list[dict]) -> str:
 
 
 def _sentence(result: dict, pairs: list[dict], boosted: list[dict], target: dict) -> str:
-    goal = f"the target of {target['value']:.4f} nats (the teacher's final validation loss)"
+    imported = "imported " if result["teacher_imported"] else ""
+    goal = f"the target of {target['value']:.4f} nats (the {imported}teacher's final validation loss)"
     counts = {kind: sum(pair["outcome"] == kind for pair in pairs) for kind in ("both", "kd", "ce", "neither")}
     if counts["both"]:
         text = [_steps_part(result, goal), _time_part(result)]
@@ -330,7 +340,7 @@ def _time_part(result: dict) -> str:
     without, counted = result["time_saved_ms_mean"], result["time_saved_with_teacher_ms_mean"]
     if without is None or counted is None:
         return "Times are not compared."
-    modelled = "modelled " if result["clock"] == "modelled" else ""
+    modelled = "declared " if result["teacher_imported"] else "modelled " if result["clock"] == "modelled" else ""
     teacher = f"the teacher's {show_ms(result['teacher_ms'])} of {modelled}training"
     return f"With {teacher} counted it needed {_difference(counted)}; without, {_difference(without)}."
 

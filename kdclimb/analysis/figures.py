@@ -184,7 +184,9 @@ def _teachers(axes: Axes, teachers: list[dict], budget: dict) -> bool:
     for row in trained:
         marker, colour, size = styles[row["verdict"]]
         x, y = row["train_time_ms"] / 1000, row["final_val"]
-        axes.plot([x], [y], marker, color=colour, markersize=size, label=row["verdict"], linestyle="none")
+        name = row["verdict"] + (", imported" if row["imported"] else "")
+        fill = {"markerfacecolor": "none"} if row["imported"] else {}
+        axes.plot([x], [y], marker, color=colour, markersize=size, label=name, linestyle="none", **fill)
         if row["verdict"] == "selected" or len(trained) <= 8:
             offset = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
             axes.annotate(row["candidate"], (x, y), fontsize=8, color=COLOURS["ink"], **offset)

@@ -15,13 +15,14 @@ MODES = {
     "ce": "ce_baseline",
     "probe": "teacher_probe",
     "teacher": "teacher",
+    "imported": "teacher_imported",
     "isolate": "kd_isolate",
     "screen": "kd_screen",
     "kd": "kd_full",
     "control_boost": "ce_lr_boost",
     "control_random": "kd_random_teacher",
 }
-TEACHER_ARMS = ("probe", "teacher")
+TEACHER_ARMS = ("probe", "teacher", "imported")
 TARGET_ARMS = ("ce", "screen", "kd", "control_boost", "control_random")  # whose steps to target mean something
 NOT_APPLICABLE = "-"
 
@@ -35,7 +36,7 @@ def ledger(runs: list[RunFolder], target: Path, out: Path) -> None:
     distinct: dict[str, RunFolder] = {}
     for run in sorted(runs, key=lambda run: list(MODES).index(run.arm)):
         distinct.setdefault(run.run_id, run)
-    teachers = {run.run_id: run for run in runs if run.arm == "teacher"}
+    teachers = {run.run_id: run for run in runs if run.arm in ("teacher", "imported")}
     rows = [_ledger_row(run, teachers, goal) for run in distinct.values()]
     write_csv(out, LEDGER_COLUMNS, [{k: NOT_APPLICABLE if v is None else v for k, v in row.items()} for row in rows])
 
@@ -47,7 +48,7 @@ def _ledger_row(run: RunFolder, teachers: dict[str, RunFolder], target: dict) ->
     trained = source is not None and not (kd and kd.random_teacher)  # random weights cost no training
     reached = crossing(run, target).step if run.arm in TARGET_ARMS else None
     taught = kd is not None and not kd.infer_only
-    boost = run.config.schedule.lr_boost
+    boost = None if run.imported else run.config.schedule.lr_boost
     return {
         "run_id": run.run_id,
         "mode": MODES[run.arm],

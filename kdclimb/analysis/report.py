@@ -181,7 +181,8 @@ def budget_section(page: Page) -> str:
             page.links("budget", "selected"),
         )
     used = (
-        f"<p>Teacher <b>{escape(teacher['candidate'])}</b> took {show_ms(teacher['train_time_ms'])}, "
+        f"<p>{'Imported teacher' if teacher['imported'] else 'Teacher'} <b>{escape(teacher['candidate'])}</b> "
+        f"{'is declared to have taken' if teacher['imported'] else 'took'} {show_ms(teacher['train_time_ms'])}, "
         f"{share:.0%} of its budget, and reached {teacher['final_val']:.4f} nats, which is the target.</p>"
         f'<div class="bar"><i style="width:{min(share, 1):.1%}"></i></div>'
     )
@@ -260,9 +261,13 @@ def controls_section(page: Page) -> str:
     return section("Controls", lead, table(rows, COMPARED, "no control was run"), page.links("controls", "compare"))
 
 
+def candidate(row: dict) -> str:
+    return text("candidate")(row) + ("<small>imported; time declared</small>" if row["imported"] else "")
+
+
 def teachers_section(page: Page) -> str:
     columns = [
-        Column("Candidate", text("candidate"), words=True),
+        Column("Candidate", candidate, words=True),
         Column("Verdict", lambda row: f'<span class="tag {row["verdict"]}">{row["verdict"]}</span>', words=True),
         Column("Projected", ms("projected_ms")),
         Column("Measured", ms("train_time_ms")),
@@ -272,7 +277,8 @@ def teachers_section(page: Page) -> str:
     ]
     lead = (
         "Every candidate, with the reason for what became of it. The projection comes from a few steps, the measured "
-        "time from the whole training. FLOPs, not parameters, are what a teacher costs."
+        "time from the whole training; an imported teacher's is what was declared. FLOPs, not parameters, are what a "
+        "teacher costs."
     )
     rows = table(page.data["teachers"], columns, "no candidate was tried", lambda row: row["verdict"] == "selected")
     figure = page.figure("teachers", "Training time against loss. Left of the dashed line is within the budget.")

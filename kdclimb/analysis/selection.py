@@ -28,10 +28,10 @@ PROBE_COLUMNS = tuple(
 )
 EARLY_VALIDATIONS = 3  # after step 0: the first checkpoints, over which a teacher must improve
 EARLY_COLUMNS = tuple(f"early_val_{i}" for i in range(EARLY_VALIDATIONS + 1))  # nats; 0 is the one at step 0
-TRAINED_COLUMNS = ("candidate", *RUN_COLUMNS, *EARLY_COLUMNS, "missing_artifacts")
+TRAINED_COLUMNS = ("candidate", "imported", *RUN_COLUMNS, *EARLY_COLUMNS, "missing_artifacts")
 WEIGHTS = ("checkpoints/model.safetensors", "checkpoints/model.json")
 ELSEWHERE = "checkpoints/model.safetensors.elsewhere"  # beside model.json: the run left its weights where it was made
-SELECTED_KEYS = ("run_id", "candidate", "final_val", "best_val", "train_time_ms", "budget_ms", "reason")
+SELECTED_KEYS = ("run_id", "candidate", "imported", "final_val", "best_val", "train_time_ms", "budget_ms", "reason")
 
 
 def teacher_probe(runs: list[RunFolder], out: Path) -> None:
@@ -61,7 +61,10 @@ def filter_projected(probe: Path, budget: Path, out: Path) -> None:
 
 
 def filter_measured(trained: Path, budget: Path, out: Path) -> None:
-    """Keep the teachers that pass the checklist: time, status, early improvement, complete artifacts."""
+    """Keep the teachers that pass the checklist: time, status, early improvement, complete artifacts.
+
+    Of an imported one only its declared time and its artifacts are checked: how its loss fell is not known.
+    """
     _filter(read_csv(trained, TRAINED_COLUMNS), read_budget(budget), _measured_problems, out)
 
 
@@ -83,12 +86,14 @@ def _projected_problems(row: dict, budget: dict) -> list[str]:
 def _measured_problems(row: dict, budget: dict) -> list[str]:
     if row["status"] != "ok":
         return [_failed(row)]
-    missing = row["missing_artifacts"]
+    missing = f"artifacts missing: {row['missing_artifacts']}" if row["missing_artifacts"] else ""
+    if row["imported"]:
+        return [_over_budget("imported: declared", row["train_time_ms"], budget), missing]
     return [
         refuse_timing(row, budget),
         _over_budget("measured", row["train_time_ms"], budget),
         _early_problem([row[column] for column in EARLY_COLUMNS]),
-        f"artifacts missing: {missing}" if missing else "",
+        missing,
     ]
 
 
@@ -115,7 +120,7 @@ def _early_problem(losses: list[float | None]) -> str:
 
 
 def teacher_train(runs: list[RunFolder], out: Path) -> None:
-    """Collect the trained candidates: their summaries, first validations (nats) and missing artifacts."""
+    """Collect trained candidates and imported teachers: summaries, first validations (nats), missing artifacts."""
     write_csv(out, TRAINED_COLUMNS, [_trained_row(run) for run in runs])
 
 
@@ -125,7 +130,8 @@ def _trained_row(run: RunFolder) -> dict:
     owed = (*FILES, *(WEIGHTS[1:] if (run.folder / ELSEWHERE).is_file() else WEIGHTS))
     missing = [name for name in owed if not (run.folder / name).is_file()]
     early = dict(zip(EARLY_COLUMNS, losses, strict=True))
-    return run.row() | early | {"candidate": run.label, "missing_artifacts": " ".join(missing)}
+    marks = {"candidate": run.label, "imported": int(run.imported), "missing_artifacts": " ".join(missing)}
+    return run.row() | early | marks
 
 
 def teacher_select(trained: Path, projected: Path, measured: Path, budget: Path, out: Path) -> None:
@@ -141,8 +147,9 @@ def teacher_select(trained: Path, projected: Path, measured: Path, budget: Path,
         decision["reason"] = f"no teacher meets the budget of {limit:,.1f} ms: {why or 'no candidate was tried'}"
     else:
         best = min(rows, key=lambda row: (row["final_val"], row["train_time_ms"]))
-        decision |= {key: best[key] for key in SELECTED_KEYS if key in best}
-        decision["reason"] = f"lowest final val_loss of {len(rows)} within the budget"
+        decision |= {key: best[key] for key in SELECTED_KEYS if key in best} | {"imported": bool(best["imported"])}
+        declared = "; imported: its time is declared, not measured" if best["imported"] else ""
+        decision["reason"] = f"lowest final val_loss of {len(rows)} within the budget{declared}"
     write_json(out, decision)
 
 

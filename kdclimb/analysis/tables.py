@@ -22,6 +22,7 @@ from pathlib import Path
 from kdclimb import artifacts
 from kdclimb.artifacts import SUMMARY_COLUMNS, VAL_COLUMNS
 from kdclimb.config import ConfigError, RunConfig
+from kdclimb.imported import ImportedConfig, read_config
 
 STEP_COLUMNS = ("step", "tokens", "train_time_ms", "batch_tokens", "kd_share", "kd_active")  # those that are read here
 # A run in a campaign's table. The trainer's own `arm` (ce, kd, ...) is called kind here, since arm is the stage.
@@ -98,7 +99,7 @@ class RunFolder:
     arm: str
     label: str
     folder: Path
-    config: RunConfig
+    config: RunConfig | ImportedConfig
     status: str
     reason: str
     summary: dict
@@ -115,7 +116,7 @@ class RunFolder:
             raise AnalysisError(f"--run {flag!r}: not of the form 'ARM|LABEL|FOLDER'")
         arm, label, folder = parts[0], parts[1], Path(parts[2])
         try:
-            config = RunConfig.from_dict(read_json(folder / "config.json"))
+            config = read_config(read_json(folder / "config.json"))
         except ConfigError as error:
             raise AnalysisError(f"{folder / 'config.json'}: {error}") from error
         if config.run_id != folder.name:
@@ -131,8 +132,13 @@ class RunFolder:
         return self.folder.name
 
     @property
+    def imported(self) -> bool:
+        """Whether it was trained elsewhere: its time is declared then, and it has one validation and no steps."""
+        return isinstance(self.config, ImportedConfig)
+
+    @property
     def horizon(self) -> int:
-        return self.config.schedule.horizon
+        return self.config.horizon if self.imported else self.config.schedule.horizon
 
     @property
     def ok(self) -> bool:
@@ -151,6 +157,8 @@ class RunFolder:
     def _ascending(self, name: str, columns: Sequence[str]) -> list[dict]:
         rows = read_csv(self.folder / name, columns)
         owed = [column for column in ("step", "tokens", "train_time_ms", "val_loss") if column in columns]
+        if self.imported:
+            owed.remove("tokens")
         for i, row in enumerate(rows):
             if None in (row[column] for column in owed):
                 raise AnalysisError(f"{self.folder / name}: row {i + 1} lacks one of {', '.join(owed)}")

@@ -7,6 +7,7 @@ from kdclimb.analysis import compare
 from kdclimb.analysis.tables import AnalysisError
 
 TEACHER = {"run_id": "teacher", "candidate": "A", "train_time_ms": 300.0, "final_val": 5.0, "budget_ms": 400.0}
+TEACHER |= {"imported": False}
 BUDGET = {"budget_ms": 400.0, "horizon": 100, "clock": "measured"}
 TARGET = {"value": 5.0, "consecutive": 2, "source": "teacher_final_val", "reason": "of a test"}
 POINTS = {"points": ["T1"], "reason": "best 1 of 1"}

@@ -6,6 +6,8 @@ import re
 import subprocess
 
 import pytest
+import seed_checkpoints
+import torch
 import yaml
 from checkouts import ROOT, TINY, jobs, overlay
 
@@ -203,6 +205,53 @@ def test_a_failed_candidate_is_rejected_with_its_reason(changed):
     changed.run("results/tiny/teacher/selected.json", *TINY)
     measured = json.loads((changed.path / "results/tiny/teacher/measured.json").read_text())
     assert measured["survivors"] == ["L1-H2-D8-26"] and "out of memory" in measured["rejected"]["L1-H2-D4-50"]
+
+
+def test_a_teacher_from_elsewhere_is_chosen_and_taught_from(changed):
+    torch.save(seed_checkpoints.checkpoint(seed_checkpoints.L3), changed.path / "state_best.pt")
+    command = ".venv/bin/python -m kdclimb import-teacher state_best.pt --layers 3 --heads 2 --head-dim 16"
+    command += " --vocab-size 384 --bigram-vocab-size 2 --long-windows 12 24 --windows 8 24 --cost-ms 5"
+    command += " --configfile tests/tiny.yaml"
+    done = subprocess.run(command.split(), cwd=changed.path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (run_id,) = (folder.name for folder in changed.path.glob("results/runs/imported-*"))
+    poor = {"campaign": "poor", "budget": {"fraction": 0.001}}  # no candidate meets it
+    arguments = ["results/poor/kd/screen.csv", *overlay(changed, "poor", teacher={"imported": [run_id]}, **poor)]
+    changed.run(*arguments)
+    selected = json.loads((changed.path / "results/poor/teacher/selected.json").read_text())
+    assert (selected["run_id"], selected["imported"], selected["train_time_ms"]) == (run_id, True, 5.0)
+    screened = rows(changed.path / "results/poor/kd/screen.csv")
+    configs = [json.loads((changed.path / "results/runs" / r["run_id"] / "config.json").read_text()) for r in screened]
+    assert len(configs) == 2 and {config["kd"]["teacher"] for config in configs} == {run_id}
+    assert {r["status"] for r in screened} == {"ok"}
+    assert "Nothing to be done" in changed.run("-n", *arguments)
+
+
+def test_another_teacher_remakes_all_that_follows_in_one_go(changed):
+    teachers = rows(changed.path / "results/tiny/teacher/trained.csv")
+    selected = json.loads((changed.path / "results/tiny/teacher/selected.json").read_text())["run_id"]
+    other = next(r for r in teachers if r["run_id"] != selected)
+    shapes = yaml.safe_load((ROOT / "tests/tiny.yaml").read_text())["teacher"]["candidates"]
+    kept = [shape for shape in shapes if other["candidate"].endswith(f"-D{shape['head_dim']}-{shape['steps']}")]
+    tables = ("results/tiny/kd/isolates.csv", "results/tiny/kd/screen.csv")
+    arguments = [*tables, *overlay(changed, "other", teacher={"candidates": kept})]
+    changed.run(*arguments)
+    for table in tables:
+        for r in rows(changed.path / table):
+            kd = json.loads((changed.path / "results/runs" / r["run_id"] / "config.json").read_text())["kd"]
+            assert kd is None or kd["teacher"] == other["run_id"], table
+    assert "Nothing to be done" in changed.run("-n", *arguments)
+
+
+def test_an_import_that_is_missing_stops_before_any_job(finished, checkout):
+    for place in (finished, checkout):  # with results that a wrong config must not hide behind, and without any
+        lost = overlay(checkout, "lost", teacher={"imported": ["imported-lost-0123456789ab"]})
+        lost = [*lost[:-1], str(checkout.path / lost[-1])]
+        output = place.run("-n", *lost, code=None)
+        assert "imported-lost-0123456789ab holds no finished import" in output and "Traceback (most" not in output
+    assert "MissingRule" in checkout.run("-n", "results/runs/imported-lost-0123456789ab/status.json", *TINY, code=None)
+    (data,) = (folder.name for folder in finished.path.glob("results/data/*"))
+    assert set(jobs(checkout.run("-n", f"results/data/{data}/manifest.json", *lost))) == {"data"}
 
 
 @pytest.mark.parametrize(
