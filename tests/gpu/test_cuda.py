@@ -26,10 +26,10 @@ from kdclimb.config import (
     ScheduleConfig,
     ValidationConfig,
 )
-from kdclimb.data import prepare
 from kdclimb.kernels import DenseTeacher, DynamicNorm, Softcap, distill_loss
 from kdclimb.model import GPT
 from kdclimb.optim import Optimizers
+from kdclimb.prepare import prepare
 from kdclimb.run import run
 
 pytestmark = pytest.mark.gpu

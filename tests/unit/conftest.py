@@ -4,7 +4,7 @@ import pytest
 from configs import ROOT, merged
 
 from kdclimb import campaign
-from kdclimb.data import prepare
+from kdclimb.prepare import prepare
 from kdclimb.run import run
 
 
