@@ -48,16 +48,18 @@ def document_lengths(path: Path, bos: int, vocab_size: int) -> np.ndarray:
     Reads the whole shard, in blocks. Raises ValueError for an id that is not below `vocab_size`, and for a shard in
     which no document starts.
     """
-    tokens, starts = read_shard(path), []
-    for begin in range(0, len(tokens), BLOCK):
-        block = tokens[begin : begin + BLOCK]
-        if (largest := int(block.max())) >= vocab_size:
-            raise ValueError(f"{path}: holds token id {largest}; data.vocab_size is {vocab_size}")
-        starts.append(begin + np.flatnonzero(block == bos))
-    starts = np.concatenate(starts) if starts else np.zeros(0, dtype=np.int64)
+    tokens, starts = count_tokens(path), [np.zeros(0, dtype=np.int64)]
+    with path.open("rb") as file:
+        file.seek(HEADER_BYTES)
+        for begin in range(0, tokens, BLOCK):
+            block = np.fromfile(file, dtype="<u2", count=BLOCK)
+            if (largest := int(block.max())) >= vocab_size:
+                raise ValueError(f"{path}: holds token id {largest}; data.vocab_size is {vocab_size}")
+            starts.append(begin + np.flatnonzero(block == bos))
+    starts = np.concatenate(starts)
     if not len(starts):
         raise ValueError(f"{path}: no document starts in it (token id {bos})")
-    return np.diff(starts, append=len(tokens)).astype(np.uint32)
+    return np.diff(starts, append=tokens).astype(np.uint32)
 
 
 def document_order(count: int, seed: int | None, epoch: int, shard: int) -> np.ndarray:
