@@ -249,17 +249,15 @@ def detect_device() -> str:
 
 
 def _check_data(data: DataSection, root: Path) -> None:
-    if data.source == "text":
-        list_files(data.text.files, root)
-        if data.tokenizer.kind == "gpt2":
-            least = f"at least {GPT2_VOCAB_SIZE}, above every id of GPT-2's, under data.tokenizer.kind: gpt2"
-            require(data.vocab_size >= GPT2_VOCAB_SIZE, "data.vocab_size", data.vocab_size, least)
-            ranks = data.tokenizer.ranks
-            is_there = ranks is None or (root / Path(ranks).expanduser()).is_file()
-            require(is_there, "data.tokenizer.ranks", ranks, "a file that exists, or null")
-    else:
-        bos = data.shards.bos_id
-        require(bos < data.vocab_size, "data.shards.bos_id", bos, f"below data.vocab_size ({data.vocab_size})")
+    if data.source != "text":
+        return
+    list_files(data.text.files, root)
+    if data.tokenizer.kind == "gpt2":
+        least = f"at least {GPT2_VOCAB_SIZE}, above every id of GPT-2's, under data.tokenizer.kind: gpt2"
+        require(data.vocab_size >= GPT2_VOCAB_SIZE, "data.vocab_size", data.vocab_size, least)
+        ranks = data.tokenizer.ranks
+        is_there = ranks is None or (root / Path(ranks).expanduser()).is_file()
+        require(is_there, "data.tokenizer.ranks", ranks, "a file that exists, or null")
 
 
 def _check_shapes(campaign: Campaign) -> None:
