@@ -28,11 +28,12 @@ from kdclimb import campaign, schedule
 from kdclimb.artifacts import write_json
 from kdclimb.attention import choose_backend
 from kdclimb.config import RunConfig
-from kdclimb.data import Dataset, write_shard
+from kdclimb.data import Dataset
 from kdclimb.distill import KDController
 from kdclimb.explain import read_config
 from kdclimb.model import GPT
 from kdclimb.run import PEAK_TFLOPS
+from kdclimb.shards import write_shard
 from kdclimb.train import Trainer, compiled_graphs
 
 ROOT = Path(__file__).resolve().parent.parent

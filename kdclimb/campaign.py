@@ -2,13 +2,13 @@
 
 `load` turns the merged YAML into a frozen `Campaign`; `expand(campaign, decisions)` lists every run
 that can be named so far, where `decisions` are the JSON files that the checkpoints wrote. No torch
-and no I/O beyond the config's own files: the Snakefile calls this each time it is parsed.
+and no I/O beyond the config's own files and what kdclimb.sources looks up: the Snakefile calls this
+each time it is parsed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -20,6 +20,7 @@ from pathlib import Path
 import jsonschema
 import yaml
 
+from kdclimb import sources, supply
 from kdclimb.config import (
     ADAM_KINDS,
     BoostConfig,
@@ -37,6 +38,9 @@ from kdclimb.config import (
     short_hash,
 )
 from kdclimb.imported import COMMAND, read_config
+from kdclimb.schedule import batch_tokens
+from kdclimb.text import list_files
+from kdclimb.tokenizer import GPT2_VOCAB_SIZE
 
 LOCKED_VALIDATION_EVERY = 25  # steps
 LOCKED_BUDGET_FRACTION = 0.10
@@ -47,8 +51,24 @@ DECISIONS = ("projected", "selected", "promoted")  # what expand() needs to know
 @dataclass(frozen=True)
 class TextSection:
     files: tuple[str, ...]
+    field: str
+    max_doc_chars: int
     val_fraction: float
     seed: int
+
+
+@dataclass(frozen=True)
+class TokenizerSection:
+    kind: str
+    train_bytes: int
+    ranks: str | None
+
+
+@dataclass(frozen=True)
+class HubSection:
+    repo: str
+    revision: str
+    train_shards: int
 
 
 @dataclass(frozen=True)
@@ -56,6 +76,7 @@ class ShardsSection:
     train: str
     val: str
     bos_id: int
+    hub: HubSection
 
 
 @dataclass(frozen=True)
@@ -67,7 +88,9 @@ class PathsSection:
 class DataSection:
     source: str
     vocab_size: int
+    max_epochs: int
     text: TextSection
+    tokenizer: TokenizerSection
     shards: ShardsSection
 
 
@@ -231,9 +254,7 @@ def load(config: dict, root: Path) -> Campaign:
     _check_locks(campaign)
     _check_shapes(campaign)
     _check_mirror(campaign, root)
-    if campaign.data.source == "text":
-        for i, name in enumerate(campaign.data.text.files):
-            require((root / name).is_file(), f"data.text.files[{i}]", name, f"a file that exists under {root}")
+    _check_data(campaign.data, root)
     if campaign.device == "auto":
         campaign = dataclasses.replace(campaign, device=detect_device())
     return campaign
@@ -268,6 +289,18 @@ def detect_device() -> str:
         return "cpu"
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
     return "cuda" if listed.returncode == 0 and listed.stdout.startswith("GPU") else "cpu"
+
+
+def _check_data(data: DataSection, root: Path) -> None:
+    if data.source != "text":
+        return
+    list_files(data.text.files, root)
+    if data.tokenizer.kind == "gpt2":
+        least = f"at least {GPT2_VOCAB_SIZE}, above every id of GPT-2's, under data.tokenizer.kind: gpt2"
+        require(data.vocab_size >= GPT2_VOCAB_SIZE, "data.vocab_size", data.vocab_size, least)
+        ranks = data.tokenizer.ranks
+        is_there = ranks is None or (root / Path(ranks).expanduser()).is_file()
+        require(is_there, "data.tokenizer.ranks", ranks, "a file that exists, or null")
 
 
 def _check_shapes(campaign: Campaign) -> None:
@@ -357,19 +390,57 @@ def _check_locks(campaign: Campaign) -> None:
 
 
 def data_spec(campaign: Campaign, root: Path) -> dict:
-    """What decides the prepared data: the used half of `data`, and the sha256 of embedded text files."""
-    data = campaign.data
-    spec = {"source": data.source, "vocab_size": data.vocab_size}
-    if data.source == "text":
-        hashes = [hashlib.sha256((root / name).read_bytes()).hexdigest() for name in data.text.files]
-        spec |= dataclasses.asdict(data.text) | {"sha256": hashes}
-    else:
-        spec |= dataclasses.asdict(data.shards)
-    return json.loads(canonical_json(spec))
+    return sources.data_spec(campaign.data, root)
 
 
 def data_id(campaign: Campaign, root: Path) -> str:
     return f"{campaign.data.source}-{campaign.data.vocab_size}-{short_hash(canonical_json(data_spec(campaign, root)))}"
+
+
+def token_needs(campaign: Campaign) -> supply.Needs:
+    """What the campaign asks of its data: no later stage has a run longer than CE and the candidates in full."""
+    train, longest = campaign.train, {}
+    everyone = {"projected": {"survivors": [c.name for c in campaign.teacher.candidates]}}
+    for run in expand(campaign, everyone):
+        schedule = run.config.schedule
+        tokens = sum(batch_tokens(schedule, step) for step in range(schedule.stop_step))
+        what, key = (run.label, "train.horizons") if run.arm == "ce" else (f"teacher {run.label}", "teacher.candidates")
+        found = supply.Longest(what, key, run.config.seed, tokens)
+        longest[found.seed] = max(longest.get(found.seed, found), found, key=lambda run: run.tokens)
+    return supply.Needs(
+        batch_tokens=train.micro_batch_tokens,
+        max_doc_tokens=train.max_doc_tokens,
+        max_epochs=campaign.data.max_epochs,
+        val_tokens=campaign.validation.tokens,
+        runs=tuple(longest.values()),
+    )
+
+
+def token_supply(campaign: Campaign, root: Path, results: Path) -> supply.Supply:
+    """The tokens that there are: exactly, once the data are prepared under `results`; before, or where a bundle brought
+    their manifest alone, at most.
+
+    Raises ValueError for a shard with a wrong header.
+    """
+    spec, needs = data_spec(campaign, root), token_needs(campaign)
+    folder = results / "data" / data_id(campaign, root)
+    if (folder / "manifest.json").is_file() and all(
+        (folder / supply.LENGTHS.format(p)).is_file() for p in sources.PARTS
+    ):
+        return supply.prepared(needs, folder)
+    return supply.at_most(needs, sources.most_tokens(spec, root))
+
+
+def check_tokens(campaign: Campaign, root: Path, results: Path) -> None:
+    """Raise ValueError, in one line that names the keys to change, if there are fewer tokens than are needed.
+
+    Where few data are short because something is wrong with a file, the line is about that.
+    """
+    try:
+        supply.check(token_needs(campaign), token_supply(campaign, root, results), campaign.data.source)
+    except ValueError:
+        sources.check_small(data_spec(campaign, root), root)
+        raise
 
 
 def read_decisions(folder: Path) -> dict:

@@ -49,6 +49,7 @@ The student, its data and its schedule are locked in another way: each is set on
 **The seed's name** is the environment variable of the seed's trainer that sets the same thing; a difference is in
 brackets. Where it is empty the seed fixes the value in its code, or has nothing like it.
 """
+KINDS = {"string": "text", "boolean": "true or false", "object": "section"}  # of values, in words
 MISTAKES = (
     "kd.alpa: unknown key; allowed here: alpha, alpha_schedule, ...",
     "kd.alpha: 'x' is not allowed; allowed: a value of type number",
@@ -104,9 +105,8 @@ def allowed(spec: dict) -> str:
         return "one of " + ", ".join(map(str, spec["enum"]))
     if spec["type"] == "array":
         return _allowed_list(spec)
-    words = {"string": "text", "boolean": "true or false", "object": "section"}
     types = spec["type"] if isinstance(spec["type"], list) else [spec["type"]]
-    kind = " or ".join(words.get(name, name) for name in types)
+    kind = " or ".join(KINDS.get(name, name) for name in types)
     limits = {
         "minimum": "at least {}",
         "exclusiveMinimum": "above {}",

@@ -12,10 +12,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdclimb import supply
 from kdclimb.analysis.budget import is_shared
 from kdclimb.analysis.selection import PROBE_COLUMNS
 from kdclimb.analysis.tables import AnalysisError, RunFolder, read_csv, show_ms
-from kdclimb.campaign import Campaign, Run, data_id, expand, grid_points, read_decisions
+from kdclimb.campaign import (
+    Campaign,
+    Run,
+    check_tokens,
+    data_id,
+    expand,
+    grid_points,
+    read_decisions,
+    token_needs,
+    token_supply,
+)
 from kdclimb.config import RunConfig
 from kdclimb.provenance import device_kind
 from kdclimb.schedule import batch_tokens
@@ -62,7 +73,7 @@ def plan(campaign: Campaign, root: Path, results: Path) -> str:
     if planned.later:
         lines += ["", "After that, at most:", *timing.table(planned.later)]
     lines += ["", "All together" + (", at most: " if planned.later else ": ") + timing.total(planned)]
-    lines += [_undecided(campaign, planned), *timing.notes()]
+    lines += [_undecided(campaign, planned), _tokens_there(campaign, root, results), *timing.notes()]
     if unreadable:
         lines.append(f"Run folders left out, since unreadable: {len(unreadable)}; the first: {unreadable[0]}")
     return "\n".join(lines)
@@ -174,6 +185,15 @@ def _undecided(campaign: Campaign, planned: Planned) -> str:
 
 
 # ---- tokens and time ----------------------------------------------------------------------------
+
+
+def _tokens_there(campaign: Campaign, root: Path, results: Path) -> str:
+    """The line on tokens needed and there, or that with which ./run would refuse them."""
+    try:
+        check_tokens(campaign, root, results)
+        return supply.describe(token_needs(campaign), token_supply(campaign, root, results))
+    except ValueError as error:
+        return f"Not to be run so: {error}"
 
 
 def run_tokens(config: RunConfig) -> int:

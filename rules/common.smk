@@ -1,4 +1,5 @@
 # What all rules share: the validated campaign, its runs, and helpers to ask for them. No rules here.
+import dataclasses
 import json
 import os
 import shlex
@@ -8,7 +9,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from kdclimb import campaign as campaigns
-from kdclimb.config import ConfigError, canonical_json
+from kdclimb.config import canonical_json
 from kdclimb.imported import PREFIX
 from kdclimb.mirror import mirror, not_mirrored
 from kdclimb.provenance import source_hash
@@ -16,12 +17,14 @@ from kdclimb.provenance import source_hash
 ROOT = Path(workflow.basedir)
 try:
     CAMPAIGN = campaigns.load(config, ROOT)
-except ConfigError as error:
+    DATA = f"results/data/{campaigns.data_id(CAMPAIGN, ROOT)}"
+    if not any(argument.startswith("fetch_shards") for argument in sys.argv):  # which mends what is missing
+        campaigns.check_tokens(CAMPAIGN, ROOT, Path("results"))
+except (ValueError, OSError) as error:  # OSError: a file of the data that can't be read
     raise WorkflowError(f"config: {error}")
 
 RESULTS = CAMPAIGN.results
 MIRROR = campaigns.mirror_root(CAMPAIGN, ROOT)
-DATA = f"results/data/{campaigns.data_id(CAMPAIGN, ROOT)}"
 
 # Jobs run this Python and this package, whatever the caller's shell would find first.
 os.environ.update(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kdclimb import campaign, explain
 from kdclimb.attention import Documents, Span, attention
 from kdclimb.config import (
     ADAM_KINDS,
@@ -26,10 +27,10 @@ from kdclimb.config import (
     ScheduleConfig,
     ValidationConfig,
 )
-from kdclimb.data import prepare
 from kdclimb.kernels import DenseTeacher, DynamicNorm, Softcap, distill_loss
 from kdclimb.model import GPT
 from kdclimb.optim import Optimizers
+from kdclimb.prepare import prepare
 from kdclimb.run import run
 from kdclimb.train import compiled_graphs
 
@@ -234,8 +235,10 @@ def test_fused_loss_waits_for_nothing_and_replays_as_a_graph():
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "text"
-    files = ["data/devils-dictionary.txt.xz"]
-    prepare({"source": "text", "vocab_size": 512, "files": files, "val_fraction": 0.2, "seed": 0}, out, ROOT)
+    values = explain.read_config([])
+    values["data"]["vocab_size"] = 512
+    values["data"]["text"] |= {"files": ["data/devils-dictionary.txt.xz"], "val_fraction": 0.2}
+    prepare(campaign.data_spec(campaign.load(values, ROOT), ROOT), out, ROOT)
     return out / "manifest.json"
 
 

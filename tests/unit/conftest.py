@@ -8,7 +8,7 @@ from configs import ROOT, merged
 
 from kdclimb import campaign
 from kdclimb.attention import Documents, Span, attention
-from kdclimb.data import prepare
+from kdclimb.prepare import prepare
 from kdclimb.run import run
 
 

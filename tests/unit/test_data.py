@@ -1,14 +1,16 @@
-"""The data rule and the packed batches."""
+"""The packed batches, and the prepared tiny data that they come from."""
 
 import json
-import lzma
 
 import numpy as np
 import pytest
 from configs import ROOT
 
 from kdclimb import campaign
-from kdclimb.data import Dataset, Packer, prepare, read_documents, read_shard, write_shard
+from kdclimb.data import Dataset, Packer
+from kdclimb.prepare import prepare
+from kdclimb.shards import read_shard, write_shard
+from kdclimb.text import read_documents
 
 
 def test_manifest_describes_the_shards_and_documents_start_with_bos(tiny, manifest):
@@ -35,7 +37,7 @@ def test_tokens_decode_to_the_documents_they_came_from(tiny, manifest):
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(manifest.parent / "tokenizer.json"))
-    documents = {d for name in tiny.data.text.files for d in read_documents(ROOT / name)}
+    documents = {d for name in tiny.data.text.files for d in read_documents(ROOT / name, "text", 100_000)}
     tokens = read_shard(manifest.parent / "val_000000.bin")
     starts = np.flatnonzero(tokens == 0)
     first = tokenizer.decode(tokens[starts[0] + 1 : starts[1]].tolist())
@@ -89,64 +91,3 @@ def test_validation_set_is_fixed_and_too_large_a_one_is_refused(manifest):
     assert all(a.inputs.equal(b.inputs) for a, b in zip(first, second, strict=True))
     with pytest.raises(ValueError, match="validation.tokens: 10000000"):
         dataset.val_batches(10_000_000, 100_000, 64, "cpu")
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"\xff\xfe\x00", "not UTF-8"),
-        (b"  \n\f\n ", "no documents"),
-        (b"", "no documents"),
-    ],
-)
-def test_bad_text_is_refused_by_name(tmp_path, content, said):
-    (tmp_path / "bad.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=said) as error:
-        read_documents(tmp_path / "bad.txt")
-    assert "bad.txt" in str(error.value)
-
-
-def test_cut_xz_is_refused_by_name(tmp_path):
-    (tmp_path / "bad.txt.xz").write_bytes(lzma.compress(b"hello " * 1000)[:-20])
-    with pytest.raises(ValueError, match=r"bad\.txt\.xz: not a whole"):
-        read_documents(tmp_path / "bad.txt.xz")
-
-
-def shard_bytes(magic=20240520, version=1, count=3, tokens=(0, 1, 2)):
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = magic, version, count
-    return header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes()
-
-
-@pytest.mark.parametrize(
-    ("raw", "said"),
-    [
-        (shard_bytes(magic=1), "not a token shard"),
-        (shard_bytes(version=2), "not a token shard"),
-        (shard_bytes(count=4), "cut or damaged"),
-        (shard_bytes()[:-1], "cut or damaged"),
-        (b"short", "not a token shard"),
-        (shard_bytes(tokens=(0, 1, 400)), "token id 400"),
-        (shard_bytes(tokens=(1, 1, 1)), "no document starts"),
-    ],
-)
-def test_bad_shards_are_refused_by_name(tmp_path, raw, said):
-    for name in ("train", "val"):
-        (tmp_path / f"{name}.bin").write_bytes(raw)
-    spec = {"source": "shards", "vocab_size": 384, "train": "train.bin", "val": "val.bin", "bos_id": 0}
-    with pytest.raises(ValueError, match=said) as error:
-        prepare(spec, tmp_path / "out", tmp_path)
-    assert "train.bin" in str(error.value)
-
-
-def test_missing_shards_say_what_to_do(tmp_path):
-    spec = {"source": "shards", "vocab_size": 384, "train": "fineweb/*.bin", "val": "v.bin", "bos_id": 0}
-    with pytest.raises(ValueError, match=r"data\.shards\.train: no file matches 'fineweb/\*\.bin'"):
-        prepare(spec, tmp_path / "out", tmp_path)
-    assert not (tmp_path / "out/manifest.json").exists()
-
-
-def test_too_large_a_vocabulary_is_refused(tiny, tmp_path):
-    spec = campaign.data_spec(tiny, ROOT) | {"vocab_size": 60000}
-    with pytest.raises(ValueError, match="data.vocab_size: 60000 is more than this text gives"):
-        prepare(spec, tmp_path, ROOT)
