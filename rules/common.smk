@@ -9,7 +9,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from kdclimb import campaign as campaigns
-from kdclimb.config import canonical_json
+from kdclimb.config import ConfigError, canonical_json
 from kdclimb.imported import PREFIX
 from kdclimb.mirror import mirror, not_mirrored
 from kdclimb.provenance import source_hash
