@@ -38,7 +38,7 @@ from kdclimb.config import (
     short_hash,
 )
 from kdclimb.imported import COMMAND, read_config
-from kdclimb.schedule import batch_tokens
+from kdclimb.schedule import total_tokens
 from kdclimb.text import list_files
 from kdclimb.tokenizer import GPT2_VOCAB_SIZE
 
@@ -403,7 +403,7 @@ def token_needs(campaign: Campaign) -> supply.Needs:
     everyone = {"projected": {"survivors": [c.name for c in campaign.teacher.candidates]}}
     for run in expand(campaign, everyone):
         schedule = run.config.schedule
-        tokens = sum(batch_tokens(schedule, step) for step in range(schedule.stop_step))
+        tokens = total_tokens(schedule, schedule.stop_step)
         what, key = (run.label, "train.horizons") if run.arm == "ce" else (f"teacher {run.label}", "teacher.candidates")
         found = supply.Longest(what, key, run.config.seed, tokens)
         longest[found.seed] = max(longest.get(found.seed, found), found, key=lambda run: run.tokens)

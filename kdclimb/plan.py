@@ -29,7 +29,7 @@ from kdclimb.campaign import (
 )
 from kdclimb.config import RunConfig
 from kdclimb.provenance import device_kind
-from kdclimb.schedule import batch_tokens
+from kdclimb.schedule import total_tokens
 
 HEADER = ("stage", "steps", "runs", "finished", "tokens a run", "tokens", "time", "time from")
 FINISHED, PROBE, CE_SPEED = "finished runs", "probes", "CE speed"
@@ -198,7 +198,7 @@ def _tokens_there(campaign: Campaign, root: Path, results: Path) -> str:
 
 def run_tokens(config: RunConfig) -> int:
     """Training tokens of a run."""
-    return sum(batch_tokens(config.schedule, step) for step in range(config.schedule.stop_step))
+    return total_tokens(config.schedule, config.schedule.stop_step)
 
 
 def finished_runs(results: Path) -> tuple[dict[str, RunFolder], list[str]]:

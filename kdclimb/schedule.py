@@ -18,9 +18,9 @@ def batch_tokens(schedule: ScheduleConfig, step: int) -> int:
     return schedule.batch_tokens[stage(schedule, step)]
 
 
-def total_tokens(schedule: ScheduleConfig) -> int:
-    """Tokens of a run over its whole horizon."""
-    return sum(batch_tokens(schedule, step) for step in range(schedule.horizon))
+def total_tokens(schedule: ScheduleConfig, steps: int | None = None) -> int:
+    """Tokens of the first so many steps; of the whole horizon by default."""
+    return sum(batch_tokens(schedule, step) for step in range(schedule.horizon if steps is None else steps))
 
 
 def windows(schedule: ScheduleConfig, step: int) -> tuple[tuple[int, int] | None, tuple[int, ...]]:
