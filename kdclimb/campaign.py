@@ -23,6 +23,7 @@ import yaml
 from kdclimb import sources, supply
 from kdclimb.config import (
     ADAM_KINDS,
+    AttentionConfig,
     BoostConfig,
     ConfigError,
     DataRef,
@@ -209,6 +210,7 @@ class Campaign:
     student: StudentSection
     train: TrainSection
     optim: OptimConfig
+    attention: AttentionConfig
     validation: ValidationConfig
     budget: BudgetSection
     teacher: TeacherSection
@@ -586,6 +588,7 @@ class _Expansion:
             optim=campaign.optim,
             schedule=schedule,
             validation=campaign.validation,
+            attention=campaign.attention,
             kd=kd,
             seed=seed,
             device=campaign.device,

@@ -117,7 +117,7 @@ class _Attempt:
     def __init__(self, config, folder: RunFolder, dataset, teacher, key, threads):
         self.config, self.folder, self.dataset, self.teacher = config, folder, dataset, teacher
         self.key, self.threads = key, threads
-        self.backend = choose_backend(config.device)
+        self.backend = choose_backend(config.attention, config.device)
         self.started = datetime.now(UTC)
         self.trainer: Trainer | None = None
 
