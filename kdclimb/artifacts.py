@@ -67,6 +67,14 @@ def write_csv(path: Path, columns: list[str], rows: list[dict]) -> None:
     write_via(path, write)
 
 
+def write_tables(folder: Path, run_id: str, steps: list[dict], vals: list[dict], summary: dict) -> None:
+    """steps.csv, val.csv, summary.csv and their two plots."""
+    write_csv(folder / "steps.csv", STEP_COLUMNS, steps)
+    write_csv(folder / "val.csv", VAL_COLUMNS, vals)
+    write_csv(folder / "summary.csv", SUMMARY_COLUMNS, [summary])
+    plot_run(folder, run_id, steps, vals)
+
+
 class RunFolder:
     """results/runs/<run_id>/, held by one process at a time."""
 

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from kdclimb import schedule
-from kdclimb.config import KDConfig, ScheduleConfig
+from kdclimb.config import KDConfig, ScheduleConfig, require
 from kdclimb.data import Batch
 from kdclimb.evaluate import teacher_target
 from kdclimb.kernels import DistillLoss, DynamicNorm, distill_loss
 from kdclimb.model import GPT
+from kdclimb.ngram import NgramTable
 
 
 class KDController:
@@ -21,7 +22,9 @@ class KDController:
     `stop_margin` of the teacher's ("val_margin"), so that a single noisy one decides nothing.
     """
 
-    def __init__(self, config: KDConfig, teacher: GPT, teacher_val: float, sched: ScheduleConfig):
+    def __init__(self, config: KDConfig, teacher: GPT | NgramTable, teacher_val: float, sched: ScheduleConfig):
+        if isinstance(teacher, NgramTable):  # another one would need what the table leaves out
+            require(config.temperature == 1.0, "temperature", config.temperature, "1 with an n-gram teacher")
         self.config, self.teacher, self.sched = config, teacher, sched
         self.teacher_val = teacher_val if config.teacher_val is None else config.teacher_val
         self.norm = DynamicNorm(config.norm_floor, config.norm_max) if config.dynamic_norm else None
@@ -52,7 +55,7 @@ class KDController:
 
         With `infer_only` the teacher runs and its answer is dropped.
         """
-        target = teacher_target(self.teacher, batch)
+        target = teacher_target(self.teacher, batch, self.config.tail)
         if self.config.infer_only:
             return distill_loss(hidden, student.head_weight, None, batch.labels, **options)
         return distill_loss(

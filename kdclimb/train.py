@@ -27,6 +27,7 @@ from kdclimb.distill import KDController
 from kdclimb.evaluate import validate
 from kdclimb.kernels import DistillLoss, distill_loss
 from kdclimb.model import GPT
+from kdclimb.ngram import NgramTable
 from kdclimb.optim import Optimizers
 from kdclimb.teacher import checkpoint_facts, load_teacher, random_teacher
 
@@ -80,7 +81,7 @@ class Trainer:
         self.teacher = None if config.kd is None else self._load_teacher()
         self.reset()
 
-    def _load_teacher(self) -> tuple[GPT, float]:
+    def _load_teacher(self) -> tuple[GPT | NgramTable, float]:
         options = {"device": self.device, **self.options}
         if self.config.kd.random_teacher:
             return random_teacher(self.teacher_folder, self.config.seed, self.val_batches, **options)

@@ -76,6 +76,7 @@ def make_config(horizon=100, seed=0, kd=None, boost=None, clock="measured", batc
             "every": 1,
             "micro_batches": 0,
             "token_stride": 1,
+            "tail": "ghost",
             "stop_mode": "val_margin",
             "stop_margin": 0.05,
             "stop_min_step": 25,
