@@ -24,7 +24,7 @@ FILES = (*MADE_AT_THE_END, "train.log")
 ARTIFACTS = ("checkpoints", *MADE_AT_THE_END)  # what Snakemake deletes before it starts a job again; status.json last
 STEP_COLUMNS = (
     "step tokens train_time_ms lr_mult batch_tokens window_short window_long loss_hard loss_soft "
-    "kd_norm kd_share kd_active grad_norm"
+    "kd_norm kd_share kd_kept kd_active grad_norm"
 ).split()
 VAL_COLUMNS = "step tokens train_time_ms val_loss teacher_kl kd_active".split()
 SUMMARY_COLUMNS = (

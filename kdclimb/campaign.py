@@ -195,6 +195,9 @@ class KDSection:
     every: int
     micro_batches: int
     token_stride: int
+    token_gate: str
+    token_gate_frac: float
+    top_k: int
     tail: str
     stop_mode: str
     stop_margin: float
@@ -638,7 +641,7 @@ class _Expansion:
         """KD from n-gram teachers at the last horizon, for its first tokens only and with the LR of CE throughout."""
         runs, seeds = [], self.campaign.train.seeds
         for table, share in itertools.product(self.tables(), self.campaign.kd.ngram.token_frac):
-            kd = dataclasses.replace(self.kd(table.run_id, 1.0), token_frac=share, post_stop_lr=1.0)
+            kd = dataclasses.replace(self.kd(table.run_id, 1.0), token_frac=share, post_stop_lr=1.0, top_k=0)
             label = f"{table.label}-first{share:g}"
             runs += [self.run("ngram", label, horizon=self.last, seed=seed, kd=kd) for seed in seeds]
         return runs

@@ -319,6 +319,9 @@ class KDConfig:
     every: int  # steps: KD in each so many
     micro_batches: int  # of a step, from its first, that have a teacher; 0 for all
     token_stride: int  # every so many tokens have a KD term
+    token_gate: str  # which of these tokens: none (all), teacher_better or student_entropy; see sparsify.py
+    token_gate_frac: float  # of the tokens, for student_entropy
+    top_k: int  # a neural teacher's likeliest words alone; 0 for its whole distribution
     tail: str  # of a sparse teacher: what its entries leave; see kernels/targets.py
     stop_mode: str  # val_margin, step or none
     stop_margin: float  # nats: KD stops when student val <= teacher val + margin

@@ -66,8 +66,8 @@ class Level:
         context = counts.keys // vocab
         seen = torch.zeros(contexts, dtype=torch.int64, device=lower.device).index_add_(0, context, counts.counts)
         different = torch.bincount(context, minlength=contexts)
-        back = torch.where(seen > 0, discount * different / seen.clamp_min(1), 1.0).double()
-        return cls(counts.keys, (counts.counts - discount) / seen[context] + back[context] * lower, back)
+        back = torch.where(seen > 0, discount * different.double() / seen.clamp_min(1), 1.0)
+        return cls(counts.keys, (counts.counts.double() - discount) / seen[context] + back[context] * lower, back)
 
 
 def count(dataset: Dataset, config: NgramConfig) -> NgramTable:
