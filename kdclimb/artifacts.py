@@ -24,7 +24,7 @@ FILES = (*MADE_AT_THE_END, "train.log")
 ARTIFACTS = ("checkpoints", *MADE_AT_THE_END)  # what Snakemake deletes before it starts a job again; status.json last
 STEP_COLUMNS = (
     "step tokens train_time_ms lr_mult batch_tokens window_short window_long loss_hard loss_soft "
-    "kd_norm kd_share kd_active grad_norm"
+    "kd_norm kd_share kd_kept kd_active grad_norm"
 ).split()
 VAL_COLUMNS = "step tokens train_time_ms val_loss teacher_kl kd_active".split()
 SUMMARY_COLUMNS = (
@@ -65,6 +65,14 @@ def write_csv(path: Path, columns: list[str], rows: list[dict]) -> None:
             writer.writerows(rows)
 
     write_via(path, write)
+
+
+def write_tables(folder: Path, run_id: str, steps: list[dict], vals: list[dict], summary: dict) -> None:
+    """steps.csv, val.csv, summary.csv and their two plots."""
+    write_csv(folder / "steps.csv", STEP_COLUMNS, steps)
+    write_csv(folder / "val.csv", VAL_COLUMNS, vals)
+    write_csv(folder / "summary.csv", SUMMARY_COLUMNS, [summary])
+    plot_run(folder, run_id, steps, vals)
 
 
 class RunFolder:

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from kdclimb.analysis import selection
 from kdclimb.artifacts import MADE_AT_THE_END, write_text, write_via
-from kdclimb.campaign import Campaign, data_id, expand, read_decisions
+from kdclimb.campaign import Campaign, data_id, expand, read_decisions, tables
 from kdclimb.config import ConfigError, build
 from kdclimb.imported import PREFIX, read_config
 from kdclimb.mirror import campaign_files, run_files
@@ -119,6 +119,7 @@ def _runs(campaign: Campaign, root: Path, results: Path) -> tuple[int, list[str]
     except ValueError as error:
         raise BundleError(f"{folder}: a decision can't be read: {error}") from error
     runs = expand(campaign, decisions, data_id(campaign, root))
+    runs += tables(campaign, data_id(campaign, root))
     run_ids = list(dict.fromkeys([*(run.run_id for run in runs), *campaign.teacher.imported]))
     return len(run_ids), [name for name in run_ids if (results / "runs" / name / "status.json").is_file()]
 

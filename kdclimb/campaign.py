@@ -29,6 +29,7 @@ from kdclimb.config import (
     DataRef,
     KDConfig,
     ModelConfig,
+    NgramConfig,
     OptimConfig,
     RunConfig,
     ScheduleConfig,
@@ -174,6 +175,16 @@ class GridSection:
 
 
 @dataclass(frozen=True)
+class NgramSection:
+    orders: tuple[int, ...]
+    token_frac: tuple[float, ...]
+    entries: int
+    contexts: int
+    discount: float
+    tokens: int
+
+
+@dataclass(frozen=True)
 class KDSection:
     exploratory: bool
     alpha: float
@@ -185,6 +196,10 @@ class KDSection:
     every: int
     micro_batches: int
     token_stride: int
+    token_gate: str
+    token_gate_frac: float
+    top_k: int
+    tail: str
     stop_mode: str
     stop_margin: float
     stop_min_step: int
@@ -195,6 +210,7 @@ class KDSection:
     post_stop_blend_steps: int
     isolate_steps: int
     promote: int
+    ngram: NgramSection
     grid: GridSection
 
 
@@ -231,7 +247,7 @@ class Run:
 
     arm: str
     label: str
-    config: RunConfig
+    config: RunConfig | NgramConfig
 
     @property
     def run_id(self) -> str:
@@ -480,13 +496,13 @@ def check_imported(campaign: Campaign, data: str, results: Path) -> None:
 def expand(campaign: Campaign, decisions: dict, data: str = "unprepared") -> list[Run]:
     """Every run that the campaign names, given the decisions taken so far. Pure.
 
-    Arms, in order: ce, probe; teacher (needs `projected`); isolate, screen (need `selected`); kd,
+    Arms, in order: ce, ngram, probe; teacher (needs `projected`); isolate, screen (need `selected`); kd,
     control_boost, control_random (need `promoted`). A decision that speaks of something the config
-    no longer holds expands to nothing. Runs that several arms share appear once for each. Imported teachers are no
-    runs of the campaign: `teacher.imported` names them.
+    no longer holds expands to nothing. Runs that several arms share appear once for each. Teachers that no training
+    makes are not among them: `teacher.imported` and `tables` name them.
     """
     runs = _Expansion(campaign, data)
-    arms = runs.ce() + runs.teachers("probe", campaign.teacher.candidates)
+    arms = runs.ce() + runs.from_ngrams() + runs.teachers("probe", campaign.teacher.candidates)
     surviving = set(decisions.get("projected", {}).get("survivors", ()))
     arms += runs.teachers("teacher", [c for c in campaign.teacher.candidates if c.name in surviving])
     teacher = decisions.get("selected", {}).get("run_id")
@@ -495,6 +511,11 @@ def expand(campaign: Campaign, decisions: dict, data: str = "unprepared") -> lis
     arms += runs.isolates(teacher) + runs.screen(teacher)
     promoted = set(decisions.get("promoted", {}).get("points", ()))
     return arms + runs.promoted(teacher, promoted)
+
+
+def tables(campaign: Campaign, data: str = "unprepared") -> list[Run]:
+    """The n-gram teachers of the arm `ngram`, which are counted, not trained. Pure."""
+    return _Expansion(campaign, data).tables()
 
 
 @dataclass(frozen=True)
@@ -581,21 +602,27 @@ class _Expansion:
             head_dtype=train.head_dtype,
             lr_boost=boost,
         )
-        modelled = campaign.budget.clock == "modelled"
         config = RunConfig(
             model=model or self.student(),
-            data=self.data,
             optim=campaign.optim,
             schedule=schedule,
-            validation=campaign.validation,
             attention=campaign.attention,
             kd=kd,
             seed=seed,
-            device=campaign.device,
-            clock=campaign.budget.clock,
-            modelled_tflops=campaign.budget.modelled_tflops if modelled else 0.0,
+            **self.shared(),
         )
         return Run(arm, label, config)
+
+    def shared(self) -> dict:
+        """What every config has, a counted teacher's too."""
+        campaign, budget = self.campaign, self.campaign.budget
+        return {
+            "data": self.data,
+            "validation": campaign.validation,
+            "device": campaign.device,
+            "clock": budget.clock,
+            "modelled_tflops": budget.modelled_tflops if budget.clock == "modelled" else 0.0,
+        }
 
     def kd(self, teacher: str, temperature: float, *, random_teacher=False, infer_only=False) -> KDConfig:
         shared = {f.name for f in dataclasses.fields(KDConfig)} & {f.name for f in dataclasses.fields(KDSection)}
@@ -608,6 +635,24 @@ class _Expansion:
         train = self.campaign.train
         pairs = itertools.product(train.horizons, train.seeds)
         return [self.run("ce", f"CE {horizon}", horizon=horizon, seed=seed) for horizon, seed in pairs]
+
+    def tables(self) -> list[Run]:
+        section, train = self.campaign.kd.ngram, self.campaign.train
+        counted = {name: getattr(section, name) for name in ("entries", "contexts", "discount", "tokens")}
+        packing = {name: getattr(train, name) for name in ("micro_batch_tokens", "max_doc_tokens")}
+        return [
+            Run("ngram_teacher", f"{order}-gram", NgramConfig(order=order, **counted, **packing, **self.shared()))
+            for order in section.orders
+        ]
+
+    def from_ngrams(self) -> list[Run]:
+        """KD from n-gram teachers at the last horizon, for its first tokens only and with the LR of CE throughout."""
+        runs, seeds = [], self.campaign.train.seeds
+        for table, share in itertools.product(self.tables(), self.campaign.kd.ngram.token_frac):
+            kd = dataclasses.replace(self.kd(table.run_id, 1.0), token_frac=share, post_stop_lr=1.0, top_k=0)
+            label = f"{table.label}-first{share:g}"
+            runs += [self.run("ngram", label, horizon=self.last, seed=seed, kd=kd) for seed in seeds]
+        return runs
 
     def teachers(self, arm: str, candidates) -> list[Run]:
         section, seed = self.campaign.teacher, self.campaign.train.seeds[0]

@@ -163,6 +163,7 @@ class MuonConfig:
     weight_decay: float  # times the LR squared
 
 
+NGRAM_PREFIX = "ngram-"  # of an n-gram teacher's run id; the rule that trains makes nothing of this name
 ADAM_KINDS = ("embed", "head", "table", "scalar", "x0", "gate", "smear_gate", "skip_gate")
 
 
@@ -282,6 +283,39 @@ class DataRef:
 
 
 @dataclass(frozen=True)
+class NgramConfig:
+    """Everything that decides an n-gram teacher: what is counted, what is kept of it, on what it is measured."""
+
+    order: int  # 2: the next token given this one; 3: given this one and the one before
+    entries: int  # tokens kept of each distribution; what they leave is the tail
+    contexts: int  # pairs of tokens, the most frequent ones, that have a distribution of their own at order 3
+    discount: float  # taken off each count, and given to the lower order
+    tokens: int  # training tokens counted, from the first shard on
+    data: DataRef
+    validation: ValidationConfig
+    micro_batch_tokens: int
+    max_doc_tokens: int
+    device: str
+    clock: str
+    modelled_tflops: float
+
+    def __post_init__(self) -> None:
+        require(self.order in (2, 3), "kd.ngram.orders", self.order, "2 and 3")
+        require(0.0 < self.discount < 1.0, "kd.ngram.discount", self.discount, "above 0 and below 1")
+        for name in ("entries", "contexts", "tokens"):
+            require(getattr(self, name) >= 1, f"kd.ngram.{name}", getattr(self, name), "1 or more")
+
+    # What the analysis asks of every run: it learned from no teacher, has no seed and no steps.
+    kd = None
+    seed = None
+    horizon = 0
+
+    @property
+    def run_id(self) -> str:
+        return f"{NGRAM_PREFIX}{self.order}-{short_hash(canonical_json(dataclasses.asdict(self)))}"
+
+
+@dataclass(frozen=True)
 class KDConfig:
     """Logits distillation of one run. total = (1 - alpha) * CE + alpha * norm * T^2 KL(teacher || student).
 
@@ -301,6 +335,10 @@ class KDConfig:
     every: int  # steps: KD in each so many
     micro_batches: int  # of a step, from its first, that have a teacher; 0 for all
     token_stride: int  # every so many tokens have a KD term
+    token_gate: str  # which of these tokens: none (all), teacher_better or student_entropy; see sparsify.py
+    token_gate_frac: float  # of the tokens, for student_entropy
+    top_k: int  # a neural teacher's likeliest words alone; 0 for its whole distribution
+    tail: str  # of a sparse teacher: what its entries leave; see kernels/targets.py
     stop_mode: str  # val_margin, step or none
     stop_margin: float  # nats: KD stops when student val <= teacher val + margin
     stop_min_step: int  # steps

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdclimb import schedule
-from kdclimb.config import KDConfig, ScheduleConfig
+from kdclimb import schedule, sparsify
+from kdclimb.config import KDConfig, ScheduleConfig, require
 from kdclimb.data import Batch
 from kdclimb.evaluate import teacher_target
 from kdclimb.kernels import DistillLoss, DynamicNorm, distill_loss
 from kdclimb.model import GPT
+from kdclimb.ngram import NgramTable
 
 
 class KDController:
@@ -21,12 +22,16 @@ class KDController:
     `stop_margin` of the teacher's ("val_margin"), so that a single noisy one decides nothing.
     """
 
-    def __init__(self, config: KDConfig, teacher: GPT, teacher_val: float, sched: ScheduleConfig):
+    def __init__(self, config: KDConfig, teacher: GPT | NgramTable, teacher_val: float, sched: ScheduleConfig):
+        if isinstance(teacher, NgramTable):  # another temperature would need what the table leaves out
+            require(config.temperature == 1.0, "temperature", config.temperature, "1 with an n-gram teacher")
+            require(config.top_k == 0, "top_k", config.top_k, "0 with an n-gram teacher, whose entries are its table's")
         self.config, self.teacher, self.sched = config, teacher, sched
         self.teacher_val = teacher_val if config.teacher_val is None else config.teacher_val
         self.norm = DynamicNorm(config.norm_floor, config.norm_max) if config.dynamic_norm else None
         self.kd_tokens = config.token_frac * schedule.total_tokens(sched)
         self.stop_step: int | None = None
+        self.kept: Tensor | None = None  # share of the latest micro-batch's tokens that passed the gate
         self.streak = 0  # validations in a row within the margin
 
     @property
@@ -52,14 +57,27 @@ class KDController:
 
         With `infer_only` the teacher runs and its answer is dropped.
         """
-        target = teacher_target(self.teacher, batch)
+        target = teacher_target(self.teacher, batch, self.config.tail)
         if self.config.infer_only:
             return distill_loss(hidden, student.head_weight, None, batch.labels, **options)
+        if self.config.top_k:
+            target = sparsify.top_k(target, self.config.top_k, self.config.temperature, self.config.tail)
+        mask = sparsify.gate(
+            self.config.token_gate,
+            self.config.token_gate_frac,
+            hidden.detach(),
+            student.head_weight.detach(),
+            student.softcap,
+            target,
+            batch.labels,
+        )
+        self.kept = None if mask is None else mask.double().mean()
         return distill_loss(
             hidden,
             student.head_weight,
             target,
             batch.labels,
+            soft_mask=mask,
             hard_weight=1.0 - alpha,
             soft_weight=alpha,
             temperature=self.config.temperature,

@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 
 from kdclimb.data import Batch
-from kdclimb.kernels import DenseTeacher, distill_loss
+from kdclimb.kernels import DenseTeacher, SparseTeacher, distill_loss
 from kdclimb.model import GPT
+from kdclimb.ngram import NgramTable
 
 
 @torch.no_grad()
-def validate(model: GPT, batches: list[Batch], teacher: GPT | None = None) -> tuple[float, float | None]:
+def validate(model: GPT, batches: list[Batch], teacher: GPT | NgramTable | None = None) -> tuple[float, float | None]:
     """(val_loss, teacher_kl): mean over all tokens of `batches` of the CE on the softcapped logits, and of
-    KL(teacher || student) at temperature 1 if a teacher is given. Both in nats a token.
+    KL(teacher || student) at temperature 1 if a teacher is given; of a sparse one the lower bound that its entries and
+    tail give. Both in nats a token.
     """
     hard, soft, tokens = 0.0, 0.0, 0
     for batch in batches:
@@ -26,6 +28,8 @@ def validate(model: GPT, batches: list[Batch], teacher: GPT | None = None) -> tu
 
 
 @torch.no_grad()
-def teacher_target(teacher: GPT, batch: Batch) -> DenseTeacher:
-    """The teacher's side of the KD loss for one batch, without gradients."""
+def teacher_target(teacher: GPT | NgramTable, batch: Batch, tail: str = "ghost") -> DenseTeacher | SparseTeacher:
+    """The teacher's side of the KD loss for one batch, without gradients. `tail` is a sparse one's."""
+    if isinstance(teacher, NgramTable):
+        return teacher.target(batch, tail)
     return DenseTeacher(teacher(batch.inputs, batch.documents), teacher.head_weight, teacher.softcap)

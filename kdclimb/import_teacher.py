@@ -24,16 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from kdclimb.artifacts import (
-    STEP_COLUMNS,
-    SUMMARY_COLUMNS,
-    VAL_COLUMNS,
-    RunFolder,
-    plot_run,
-    write_csv,
-    write_json,
-    write_text,
-)
+from kdclimb.artifacts import RunFolder, write_json, write_tables, write_text
 from kdclimb.attention import choose_backend
 from kdclimb.campaign import Campaign, data_id
 from kdclimb.config import ConfigError, DataRef, ModelConfig, require
@@ -42,7 +33,7 @@ from kdclimb.evaluate import validate
 from kdclimb.imported import ImportedConfig, Origin
 from kdclimb.model import GPT
 from kdclimb.provenance import device_kind, source_hash, versions
-from kdclimb.teacher import save_checkpoint
+from kdclimb.teacher import data_facts, save_checkpoint
 
 ENTRY = "kdclimb/import_teacher.py"
 PREFIX = "_orig_mod."  # of all keys, where the model was compiled
@@ -385,16 +376,9 @@ class _Import:
         times = {"step": config.horizon, "train_time_ms": config.cost_ms}
         vals = [times | {"val_loss": val_loss}]  # tokens stay empty: the file doesn't know them
         write_json(out / "config.json", dataclasses.asdict(config))
-        write_csv(out / "steps.csv", STEP_COLUMNS, [])
-        write_csv(out / "val.csv", VAL_COLUMNS, vals)
-        write_csv(out / "summary.csv", SUMMARY_COLUMNS, [self.summary(model, val_loss)])
-        plot_run(out, config.run_id, [], [])
-        facts = {
-            "data_hash": self.dataset.hash,
-            "tokenizer_sha256": self.dataset.manifest["tokenizer_sha256"],
-            "val_tokens": config.val_tokens,
-            "micro_batch_tokens": config.micro_batch_tokens,
-            "max_doc_tokens": config.max_doc_tokens,
+        write_tables(out, config.run_id, [], vals, self.summary(model, val_loss))
+        packing = config.val_tokens, config.micro_batch_tokens, config.max_doc_tokens
+        facts = data_facts(self.dataset, *packing) | {
             "run_id": config.run_id,
             "step": config.horizon,
             "final_val": val_loss,

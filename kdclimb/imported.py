@@ -7,7 +7,17 @@ import math
 import re
 from dataclasses import dataclass
 
-from kdclimb.config import AttentionConfig, DataRef, ModelConfig, RunConfig, build, canonical_json, require, short_hash
+from kdclimb.config import (
+    AttentionConfig,
+    DataRef,
+    ModelConfig,
+    NgramConfig,
+    RunConfig,
+    build,
+    canonical_json,
+    require,
+    short_hash,
+)
 
 PREFIX = "imported-"  # of the run id; no rule trains anything of this name
 COMMAND = "python -m kdclimb import-teacher FILE --layers L --heads H --windows-passed N --cost-ms MS"
@@ -72,6 +82,7 @@ class ImportedConfig:
         }
 
 
-def read_config(values: dict) -> RunConfig | ImportedConfig:
-    """The config of a run folder, trained here or imported. Raises ConfigError as `build` does."""
-    return build(ImportedConfig, values) if "imported_from" in values else RunConfig.from_dict(values)
+def read_config(values: dict) -> RunConfig | ImportedConfig | NgramConfig:
+    """The config of a run folder: trained here, imported, or counted. Raises ConfigError as `build` does."""
+    kinds = {"imported_from": ImportedConfig, "order": NgramConfig}
+    return build(next((kind for key, kind in kinds.items() if key in values), RunConfig), values)

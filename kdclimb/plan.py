@@ -210,7 +210,7 @@ def finished_runs(results: Path) -> tuple[dict[str, RunFolder], list[str]]:
         except AnalysisError as error:
             unreadable.append(str(error))
         else:
-            if not run.imported:
+            if isinstance(run.config, RunConfig):
                 runs[run.run_id] = run
     return runs, unreadable
 

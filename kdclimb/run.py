@@ -18,16 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from kdclimb.artifacts import (
-    STEP_COLUMNS,
-    SUMMARY_COLUMNS,
-    VAL_COLUMNS,
-    DeviceLease,
-    RunFolder,
-    plot_run,
-    write_csv,
-    write_json,
-)
+from kdclimb.artifacts import DeviceLease, RunFolder, write_json, write_tables
 from kdclimb.attention import choose_backend
 from kdclimb.config import ConfigError, RunConfig, short_hash
 from kdclimb.data import Dataset
@@ -183,10 +174,7 @@ class _Attempt:
         out, trainer, config = self.folder.path, self.trainer, self.config
         steps = [] if trainer is None else trainer.steps
         vals = [] if trainer is None else trainer.vals
-        write_csv(out / "steps.csv", STEP_COLUMNS, steps)
-        write_csv(out / "val.csv", VAL_COLUMNS, vals)
-        write_csv(out / "summary.csv", SUMMARY_COLUMNS, [self._summary(status, shared)])
-        plot_run(out, config.run_id, steps, vals)
+        write_tables(out, config.run_id, steps, vals, self._summary(status, shared))
         checkpoints = out / "checkpoints"
         shutil.rmtree(checkpoints, ignore_errors=True)  # a failed run must not keep an earlier one's weights
         checkpoints.mkdir()

@@ -9,35 +9,51 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from kdclimb.artifacts import write_json, write_via
 from kdclimb.config import ModelConfig, RunConfig, build
 from kdclimb.data import Batch, Dataset
 from kdclimb.evaluate import validate
 from kdclimb.model import GPT
+from kdclimb.ngram import NgramTable
 
 RESCORE_TOLERANCE = 1e-3  # nats; covers bf16 kernels that sum in another order, not other weights
 
 
 def checkpoint_facts(config: RunConfig, dataset: Dataset) -> dict:
     """What a teacher and its student must have in common for its validation loss to mean the same."""
+    sched = config.schedule
+    return data_facts(dataset, config.validation.tokens, sched.micro_batch_tokens, sched.max_doc_tokens)
+
+
+def data_facts(dataset: Dataset, val_tokens: int, micro_batch_tokens: int, max_doc_tokens: int) -> dict:
+    """The data that a teacher is measured on, and how they are packed."""
     return {
         "data_hash": dataset.hash,
         "tokenizer_sha256": dataset.manifest["tokenizer_sha256"],
-        "val_tokens": config.validation.tokens,
-        "micro_batch_tokens": config.schedule.micro_batch_tokens,
-        "max_doc_tokens": config.schedule.max_doc_tokens,
+        "val_tokens": val_tokens,
+        "micro_batch_tokens": micro_batch_tokens,
+        "max_doc_tokens": max_doc_tokens,
     }
 
 
 def save_checkpoint(folder: Path, model: GPT, facts: dict) -> None:
     """Write model.safetensors and model.json (architecture, windows, `facts`, sha256 of the weights) into `folder`."""
-    tensors = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
-    write_via(folder / "model.safetensors", lambda path: save_file(tensors, path))
     windows, long_windows = model.windows
     description = {"model": dataclasses.asdict(model.config), "windows": windows, "long_windows": long_windows}
-    description |= {"weights_sha256": weights_sha256(folder), **facts}
-    write_json(folder / "model.json", description)
+    _save(folder, model.state_dict(), description | facts)
+
+
+def save_table(folder: Path, table: NgramTable, facts: dict) -> None:
+    """The same of an n-gram teacher; its model.json holds `ngram` instead of an architecture."""
+    _save(folder, table.tensors(), {"ngram": {"rows_and_entries": list(table.ids.shape)}} | facts)
+
+
+def _save(folder: Path, tensors: dict[str, Tensor], description: dict) -> None:
+    tensors = {name: value.detach().contiguous() for name, value in tensors.items()}
+    write_via(folder / "model.safetensors", lambda path: save_file(tensors, path))
+    write_json(folder / "model.json", description | {"weights_sha256": weights_sha256(folder)})
 
 
 def weights_sha256(folder: Path) -> str:
@@ -60,7 +76,9 @@ def read_description(folder: Path) -> dict:
     return description
 
 
-def load_teacher(folder: Path, val_batches: list[Batch], expected: dict, **model_options) -> tuple[GPT, float]:
+def load_teacher(
+    folder: Path, val_batches: list[Batch], expected: dict, **model_options
+) -> tuple[GPT | NgramTable, float]:
     """(teacher, its val_loss), frozen. `expected` are facts that model.json must hold, such as the data hash.
 
     The teacher is validated again: raises ValueError unless it scores what it scored when saved.
@@ -69,10 +87,14 @@ def load_teacher(folder: Path, val_batches: list[Batch], expected: dict, **model
     for name, value in expected.items():
         if description[name] != value:
             raise ValueError(f"{folder}/model.json: {name} is {description[name]!r}, but this run needs {value!r}")
-    model = build_frozen(description, **model_options)
     tensors = load_file(folder / "model.safetensors", device=model_options["device"])
-    model.load_state_dict(tensors, strict=True)
-    val_loss, _ = validate(model, val_batches)
+    if "ngram" in description:
+        model = NgramTable(**tensors)
+        val_loss = model.score(val_batches)
+    else:
+        model = build_frozen(description, **model_options)
+        model.load_state_dict(tensors, strict=True)
+        val_loss, _ = validate(model, val_batches)
     if abs(val_loss - description["final_val"]) > RESCORE_TOLERANCE:
         raise ValueError(
             f"{folder}: scores {val_loss:.6f}, but scored {description['final_val']:.6f} when it was saved"
@@ -94,7 +116,10 @@ def build_frozen(description: dict, *, device: str, **model_options) -> GPT:
 def random_teacher(folder: Path, seed: int, val_batches: list[Batch], **model_options) -> tuple[GPT, float]:
     """A control: the shape of the checkpoint in `folder` with fresh random weights, and its val_loss."""
     torch.manual_seed(seed)
-    model = build_frozen(read_description(folder), **model_options)
+    description = read_description(folder)
+    if "ngram" in description:
+        raise ValueError(f"kd.random_teacher: {folder} holds an n-gram teacher, which has no weights to be random")
+    model = build_frozen(description, **model_options)
     if model.head is not None:  # an untied head starts as a copy of the embedding, or at zero: neither is random
         torch.nn.init.normal_(model.head)
     for block in model.blocks:

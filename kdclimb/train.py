@@ -27,6 +27,7 @@ from kdclimb.distill import KDController
 from kdclimb.evaluate import validate
 from kdclimb.kernels import DistillLoss, distill_loss
 from kdclimb.model import GPT
+from kdclimb.ngram import NgramTable
 from kdclimb.optim import Optimizers
 from kdclimb.teacher import checkpoint_facts, load_teacher, random_teacher
 
@@ -40,13 +41,13 @@ def compiled_graphs() -> int:
     return 0 if dynamo is None else dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def _on_host(losses: list[DistillLoss], with_teacher: int, grad_norm: torch.Tensor) -> dict[str, float]:
-    """Means over the micro-batches, of KD's terms over those with a teacher; the first kd_share; the gradient norm."""
+def _on_host(losses: list[DistillLoss], with_teacher: int, **others: torch.Tensor) -> dict[str, float]:
+    """Means over the micro-batches, of KD's terms over those with a teacher; the first kd_share; and `others`."""
     names = ("hard", "soft", "norm_factor", "kd_share")
     table = torch.stack([torch.stack([getattr(loss, name).double() for name in names]) for loss in losses])
-    *values, norm = torch.cat([table.flatten(), grad_norm.double()[None]]).tolist()
-    hard, *of_kd = (values[i :: len(names)] for i in range(len(names)))
-    means = {"hard": statistics.fmean(hard), "grad_norm": norm}
+    values = torch.cat([table.flatten(), *(other.double()[None] for other in others.values())]).tolist()
+    hard, *of_kd = (values[i : table.numel() : len(names)] for i in range(len(names)))
+    means = {"hard": statistics.fmean(hard)} | dict(zip(others, values[table.numel() :], strict=True))
     if with_teacher:
         soft, factor, share = of_kd
         means |= {"soft": statistics.fmean(soft[:with_teacher]), "norm_factor": statistics.fmean(factor[:with_teacher])}
@@ -80,7 +81,7 @@ class Trainer:
         self.teacher = None if config.kd is None else self._load_teacher()
         self.reset()
 
-    def _load_teacher(self) -> tuple[GPT, float]:
+    def _load_teacher(self) -> tuple[GPT | NgramTable, float]:
         options = {"device": self.device, **self.options}
         if self.config.kd.random_teacher:
             return random_teacher(self.teacher_folder, self.config.seed, self.val_batches, **options)
@@ -172,7 +173,8 @@ class Trainer:
         )
         self.step += 1
         self.tokens += num_tokens
-        measured = _on_host(losses, with_teacher, grad_norm)  # the step's one wait for the device
+        kept = {"kept": self.kd.kept} if with_teacher and self.kd.kept is not None else {}
+        measured = _on_host(losses, with_teacher, grad_norm=grad_norm, **kept)  # the step's one wait for the device
         row = {"lr_mult": mult, "batch_tokens": num_tokens}
         row |= {"loss_hard": measured["hard"], "grad_norm": measured["grad_norm"]}
         if self.model.windows[0] is not None:
@@ -181,6 +183,7 @@ class Trainer:
             row["kd_active"] = int(with_teacher > 0)
             if with_teacher and not self.config.kd.infer_only:
                 row |= {"loss_soft": measured["soft"], "kd_norm": measured["norm_factor"]}
+                row |= {"kd_kept": measured["kept"]} if kept else {}
                 if measure_share:
                     row["kd_share"] = measured["kd_share"]
         return row

@@ -9,7 +9,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from kdclimb import campaign as campaigns
-from kdclimb.config import ConfigError, canonical_json
+from kdclimb.config import NGRAM_PREFIX, ConfigError, canonical_json
 from kdclimb.imported import PREFIX
 from kdclimb.mirror import mirror, not_mirrored
 from kdclimb.provenance import source_hash
@@ -34,13 +34,15 @@ os.environ.update(
 
 
 wildcard_constraints:
-    run=rf"(?!{PREFIX})[A-Za-z0-9.-]+",
+    run=rf"(?!{PREFIX}|{NGRAM_PREFIX})[A-Za-z0-9.-]+",
+    table=rf"{NGRAM_PREFIX}[A-Za-z0-9.-]+",
 
 
 def runs(*arms):
-    """The campaign's runs of these arms, as far as the decisions taken so far name them."""
+    """The campaign's runs of these arms, as far as the decisions taken so far name them; counted teachers too."""
     decisions = campaigns.read_decisions(Path(RESULTS))
     everything = campaigns.expand(CAMPAIGN, decisions, Path(DATA).name)
+    everything += campaigns.tables(CAMPAIGN, Path(DATA).name)
     return [run for run in everything if run.arm in arms]
 
 
@@ -51,6 +53,14 @@ def asked_run(wildcards):
         if run.run_id == wildcards.run:
             return run.config
     raise WorkflowError(f"results/runs/{wildcards.run}: no run of campaign {CAMPAIGN.campaign} has this name")
+
+
+def asked_table(wildcards):
+    """The n-gram teacher that a folder name stands for."""
+    for run in campaigns.tables(CAMPAIGN, Path(DATA).name):
+        if run.run_id == wildcards.table:
+            return run.config
+    raise WorkflowError(f"results/runs/{wildcards.table}: no teacher of campaign {CAMPAIGN.campaign} has this name")
 
 
 def imported_runs(arms):

@@ -4,6 +4,8 @@ ALL_ARMS = (
     "probe",
     "teacher",
     "imported",
+    "ngram_teacher",
+    "ngram",
     "isolate",
     "screen",
     "kd",

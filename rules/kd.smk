@@ -1,4 +1,32 @@
 # The teacher -> timing isolates, KD sweep, promotion, full runs and controls.
+# An n-gram teacher: counted, not trained, and a run like any other to what learns from it.
+rule ngram:
+    input:
+        manifest=f"{DATA}/manifest.json",
+    output:
+        config="results/runs/{table}/config.json",
+        steps="results/runs/{table}/steps.csv",
+        val="results/runs/{table}/val.csv",
+        summary="results/runs/{table}/summary.csv",
+        status="results/runs/{table}/status.json",
+        val_loss="results/runs/{table}/val_loss.png",
+        step_time="results/runs/{table}/step_time.png",
+        checkpoints=directory("results/runs/{table}/checkpoints"),
+    log:
+        "results/runs/{table}/train.log",
+    conda:
+        "../envs/kdclimb.yaml"
+    threads: workflow.resource_settings.cores or 1
+    resources:
+        gpu=int(CAMPAIGN.device == "cuda"),
+    params:
+        config=lambda wildcards: shlex.quote(canonical_json(dataclasses.asdict(asked_table(wildcards)))),
+        code=code("ngram"),
+    shell:
+        "python workflow/scripts/ngram.py --config {params.config} --out $(dirname {output.status})"
+        " --manifest {input.manifest} --threads {threads}"
+
+
 # What KD costs a step: CE alone, with the teacher's forward pass, with the KD loss.
 rule kd_isolates:
     input:

@@ -1,6 +1,7 @@
 # Every training run, whatever stage asks for it: CE, probe, teacher, KD or control. One rule, since a
 # run is its config alone; the stages (ce_baseline, teacher_train, kd_screen, ...) ask for run ids. No run id here starts
-# with "imported-" (see wildcard_constraints): such a folder is made by python -m kdclimb import-teacher alone.
+# with "imported-" or "ngram-" (see wildcard_constraints): the one is made by python -m kdclimb import-teacher alone, the
+# other by the rule ngram.
 rule train:
     input:
         manifest=f"{DATA}/manifest.json",

@@ -29,7 +29,7 @@ from kdclimb.artifacts import write_json
 CURVE_COLUMNS = tuple(
     "arm label run_id seed horizon step tokens train_time_ms val_loss kd_active teacher_kl time_with_teacher_ms".split()
 )
-COMPARED_ARMS = ("ce", "kd", "control_boost", "screen", "control_random")
+COMPARED_ARMS = ("ce", "kd", "ngram", "control_boost", "screen", "control_random")
 COMPARE_COLUMNS = tuple(
     "arm label run_id horizon seed status steps_to_target steps_to_target_interp tokens_to_target time_to_target_ms "
     "time_to_target_with_teacher_ms miss_reason final_val first_val steps_saved tokens_saved time_saved_ms "
@@ -73,6 +73,7 @@ def compare(
         if run.config.clock != clock and not run.imported:
             raise AnalysisError(f"{run.folder / 'config.json'}: clock {run.config.clock}; the campaign's is {clock}")
     limit, teacher, goal = read_budget(budget), read_json(selected, SELECTED_KEYS), read_target(target)
+    teacher["counted_ms"] = {run.run_id: run.summary["train_time_ms"] for run in runs if run.arm == "ngram_teacher"}
     points = read_json(promoted, ["points", "reason"])
     rows = compare_rows([run for run in runs if run.arm in COMPARED_ARMS], goal, teacher)
     write_csv(out_curves, CURVE_COLUMNS, [row for run in runs for row in _curve(run, teacher)])
@@ -94,6 +95,8 @@ def teacher_cost_ms(run: RunFolder, teacher: dict) -> float:
     kd = run.config.kd
     if kd is None or kd.random_teacher:
         return 0.0
+    if kd.teacher in teacher.get("counted_ms", {}):
+        return teacher["counted_ms"][kd.teacher]
     if kd.teacher != teacher["run_id"]:
         raise AnalysisError(f"{run.folder / 'config.json'}: kd.teacher {kd.teacher} is not the selected teacher")
     return teacher["train_time_ms"]

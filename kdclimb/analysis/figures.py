@@ -32,6 +32,7 @@ ARM_STYLE = {  # arm: (name, colour, line style)
     "ce": ("CE", "ce", "-"),
     "kd": ("KD", "kd", "-"),
     "screen": ("KD", "kd", "-"),
+    "ngram": ("KD from n-grams", "kd", ":"),
     "control_boost": ("CE, LR boost", "boost", "--"),
     "control_random": ("KD, random teacher", "random", "-."),
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kdclimb.analysis.tables import RunFolder, write_csv
 from kdclimb.analysis.targets import crossing, read_target
+from kdclimb.config import RunConfig
 
 LEDGER_COLUMNS = tuple(
     "run_id mode teacher_params_m teacher_steps teacher_train_time_ms alpha temp kd_lr_boost student_steps best_val "
@@ -16,14 +17,16 @@ MODES = {
     "probe": "teacher_probe",
     "teacher": "teacher",
     "imported": "teacher_imported",
+    "ngram_teacher": "teacher_ngram",
     "isolate": "kd_isolate",
     "screen": "kd_screen",
     "kd": "kd_full",
+    "ngram": "kd_ngram",
     "control_boost": "ce_lr_boost",
     "control_random": "kd_random_teacher",
 }
-TEACHER_ARMS = ("probe", "teacher", "imported")
-TARGET_ARMS = ("ce", "screen", "kd", "control_boost", "control_random")  # whose steps to target mean something
+TEACHER_ARMS = ("probe", "teacher", "imported", "ngram_teacher")
+TARGET_ARMS = ("ce", "screen", "kd", "ngram", "control_boost", "control_random")  # whose steps to target mean something
 NOT_APPLICABLE = "-"
 
 
@@ -36,7 +39,7 @@ def ledger(runs: list[RunFolder], target: Path, out: Path) -> None:
     distinct: dict[str, RunFolder] = {}
     for run in sorted(runs, key=lambda run: list(MODES).index(run.arm)):
         distinct.setdefault(run.run_id, run)
-    teachers = {run.run_id: run for run in runs if run.arm in ("teacher", "imported")}
+    teachers = {run.run_id: run for run in runs if run.arm in TEACHER_ARMS and run.arm != "probe"}
     rows = [_ledger_row(run, teachers, goal) for run in distinct.values()]
     write_csv(out, LEDGER_COLUMNS, [{k: NOT_APPLICABLE if v is None else v for k, v in row.items()} for row in rows])
 
@@ -48,7 +51,7 @@ def _ledger_row(run: RunFolder, teachers: dict[str, RunFolder], target: dict) ->
     trained = source is not None and not (kd and kd.random_teacher)  # random weights cost no training
     reached = crossing(run, target).step if run.arm in TARGET_ARMS else None
     taught = kd is not None and not kd.infer_only
-    boost = None if run.imported else run.config.schedule.lr_boost
+    boost = run.config.schedule.lr_boost if isinstance(run.config, RunConfig) else None
     return {
         "run_id": run.run_id,
         "mode": MODES[run.arm],

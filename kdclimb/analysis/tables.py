@@ -21,7 +21,7 @@ from pathlib import Path
 
 from kdclimb import artifacts
 from kdclimb.artifacts import SUMMARY_COLUMNS, VAL_COLUMNS
-from kdclimb.config import ConfigError, RunConfig
+from kdclimb.config import ConfigError, NgramConfig, RunConfig
 from kdclimb.imported import ImportedConfig, read_config
 
 STEP_COLUMNS = ("step", "tokens", "train_time_ms", "batch_tokens", "kd_share", "kd_active")  # those that are read here
@@ -99,7 +99,7 @@ class RunFolder:
     arm: str
     label: str
     folder: Path
-    config: RunConfig | ImportedConfig
+    config: RunConfig | ImportedConfig | NgramConfig
     status: str
     reason: str
     summary: dict
@@ -138,7 +138,7 @@ class RunFolder:
 
     @property
     def horizon(self) -> int:
-        return self.config.horizon if self.imported else self.config.schedule.horizon
+        return self.config.schedule.horizon if isinstance(self.config, RunConfig) else self.config.horizon
 
     @property
     def ok(self) -> bool:

@@ -23,11 +23,14 @@ from kdclimb.config import (
     MatrixMult,
     ModelConfig,
     MuonConfig,
+    NgramConfig,
     OptimConfig,
     RunConfig,
     ScheduleConfig,
     ValidationConfig,
 )
+from kdclimb.count_ngrams import count, make
+from kdclimb.data import Dataset
 from kdclimb.kernels import DenseTeacher, DynamicNorm, Softcap, distill_loss
 from kdclimb.kernels.mlp import relu2_mlp
 from kdclimb.kernels.rows import add_rows
@@ -35,6 +38,7 @@ from kdclimb.model import GPT
 from kdclimb.optim import Optimizers
 from kdclimb.prepare import prepare
 from kdclimb.run import run
+from kdclimb.teacher import load_teacher
 from kdclimb.train import compiled_graphs
 
 pytestmark = pytest.mark.gpu
@@ -346,18 +350,9 @@ def train(run_config, manifest, folder, teacher=None):
         return out, status, summary, list(csv.DictReader(file))
 
 
-def test_ce_teacher_and_kd_run_on_the_gpu(manifest, tmp_path):
-    _, status, summary, vals = train(config(), manifest, tmp_path)
-    assert (
-        status["attention"] == choose_backend(config().attention, "cuda")
-        and status["device"] == torch.cuda.get_device_name()
-    )
-    assert (status["kernel"], status["recompiles"]) == ("triton", 0)
-    assert float(summary["final_val"]) < float(vals[0]["val_loss"]) - 1.0
-    assert float(summary["peak_alloc_gib"]) > 0 and float(summary["train_time_ms"]) > 0
-    teacher, *_ = train(config(num_layers=1, num_heads=2), manifest, tmp_path)
-    kd = KDConfig(
-        teacher=teacher.name,
+def kd_config(teacher, **changes):
+    values = dict(
+        teacher=teacher,
         random_teacher=False,
         infer_only=False,
         alpha=0.5,
@@ -370,6 +365,10 @@ def test_ce_teacher_and_kd_run_on_the_gpu(manifest, tmp_path):
         every=1,
         micro_batches=0,
         token_stride=1,
+        token_gate="none",
+        token_gate_frac=0.5,
+        top_k=0,
+        tail="ghost",
         stop_mode="val_margin",
         stop_margin=0.05,
         stop_min_step=25,
@@ -379,6 +378,18 @@ def test_ce_teacher_and_kd_run_on_the_gpu(manifest, tmp_path):
         post_stop_lr=0.7,
         post_stop_blend_steps=10,
     )
+    return KDConfig(**values | changes)
+
+
+def test_ce_teacher_and_kd_run_on_the_gpu(manifest, tmp_path):
+    _, status, summary, vals = train(config(), manifest, tmp_path)
+    assert status["attention"] == choose_backend(config().attention, "cuda")
+    assert status["device"] == torch.cuda.get_device_name()
+    assert (status["kernel"], status["recompiles"]) == ("triton", 0)
+    assert float(summary["final_val"]) < float(vals[0]["val_loss"]) - 1.0
+    assert float(summary["peak_alloc_gib"]) > 0 and float(summary["train_time_ms"]) > 0
+    teacher, *_ = train(config(num_layers=1, num_heads=2), manifest, tmp_path)
+    kd = kd_config(teacher.name)
     out, status, kd_summary, kd_vals = train(config(kd=kd), manifest, tmp_path, teacher / "checkpoints")
     assert (status["kernel"], status["recompiles"]) == ("triton", 0)
     # teacher_kl at step 0 is against an untrained student; KD brings it down
@@ -388,6 +399,30 @@ def test_ce_teacher_and_kd_run_on_the_gpu(manifest, tmp_path):
     assert active and all(0.05 < float(row["kd_share"]) < 0.95 for row in active)
     print("\nCE", {k: summary[k] for k in ("final_val", "step_ms_median", "peak_alloc_gib", "mfu")})
     print("KD", {k: kd_summary[k] for k in ("final_val", "step_ms_median", "peak_alloc_gib", "kd_stop_step")})
+
+
+def test_an_n_gram_teacher_is_counted_as_on_the_cpu_and_looked_up_without_a_wait(manifest, tmp_path):
+    student = config()
+    shared = {name: getattr(student, name) for name in ("data", "validation", "device", "clock", "modelled_tflops")}
+    packing = {name: getattr(student.schedule, name) for name in ("micro_batch_tokens", "max_doc_tokens")}
+    ngrams = NgramConfig(order=3, entries=64, contexts=2000, discount=0.75, tokens=10**8, **packing, **shared)
+    out = tmp_path / ngrams.run_id
+    make(ngrams, out, manifest, threads=4)
+    dataset = Dataset(manifest)
+    batches = dataset.val_batches(student.validation.tokens, *packing.values(), "cuda")
+    table, val_loss = load_teacher(out / "checkpoints", batches, {}, device="cuda")
+    for name, tensor in count(dataset, dataclasses.replace(ngrams, device="cpu")).tensors().items():
+        torch.testing.assert_close(getattr(table, name).cpu(), tensor, msg=name)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        table.target(batches[0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    kd = kd_config(out.name, token_frac=0.3)
+    _, status, summary, vals = train(config(kd=kd), manifest, tmp_path, out / "checkpoints")
+    assert (status["kernel"], status["recompiles"]) == ("triton", 0)
+    assert summary["kd_stop_step"] and float(vals[-1]["val_loss"]) < float(vals[0]["val_loss"]) - 1.0
+    print("\nn-gram teacher", val_loss, {k: summary[k] for k in ("final_val", "step_ms_median", "kd_stop_step")})
 
 
 def test_running_out_of_memory_is_a_result(manifest, tmp_path):

@@ -101,6 +101,25 @@ def test_one_temperature_trains_its_point_and_what_follows(changed):
     assert set(new) == {*screened, *follows}
 
 
+def test_kd_from_ngrams_is_an_arm_beside_the_sweep(changed):
+    before = changed.attempts()
+    ngram = {"orders": [3], "token_frac": [0.2], "entries": 16, "contexts": 300}
+    arguments = overlay(changed, "ngram", kd={"ngram": ngram})
+    changed.run(*arguments)
+    new = {name for name in changed.attempts() if name not in before}
+    compared = [row for row in rows(changed.path / "results/tiny/tables/compare.csv") if row["arm"] == "ngram"]
+    assert len(compared) == 2 and {row["run_id"] for row in compared} == new
+    (table,) = changed.path.glob("results/runs/ngram-*")
+    (cost,) = (float(row["train_time_ms"]) for row in rows(table / "summary.csv"))
+    for row in compared:
+        reached = [float(row[key]) for key in ("time_to_target_ms", "time_to_target_with_teacher_ms")]
+        assert cost > 0 and reached[1] == pytest.approx(reached[0] + cost)
+    ledger = {row["run_id"]: row for row in rows(changed.path / "results/tiny/tables/ledger.csv")}
+    assert ledger[table.name]["mode"] == "teacher_ngram"
+    assert {ledger[name]["teacher_train_time_ms"] for name in new} == {repr(cost)}
+    assert "Nothing to be done" in changed.run("-n", *arguments)
+
+
 def test_editing_the_analysis_trains_nothing(changed):
     before = changed.attempts()
     changed.edit("kdclimb/analysis/targets.py", "def read_target(", "EDITED = 1\n\n\ndef read_target(")

@@ -1,0 +1,89 @@
+"""What takes a pass of its own over logits: sparse targets of a neural teacher, and the choice of tokens that have KD.
+
+Both walk over chunks of tokens, so that no (T, V) tensor is held, make no gradient, and wait for nothing.
+Symbols: T tokens, d width, V vocabulary, k entries a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kdclimb.kernels import DenseTeacher, Softcap, SparseTeacher
+from kdclimb.kernels.chunked import LOGITS_MIB, chunk_tokens
+
+GATES = ("none", "teacher_better", "student_entropy")
+
+
+@torch.no_grad()
+def over_logits(hidden: Tensor, head: Tensor, softcap: Softcap | None, each: Callable) -> tuple[Tensor, ...]:
+    """The results of each(capped logits (t, V) fp32, rows), chunk by chunk, put together along the first dimension."""
+    weight = head.to(hidden.dtype).T
+    size = chunk_tokens(len(hidden), len(head), 4, LOGITS_MIB[hidden.device.type])
+    parts = []
+    for start in range(0, len(hidden), size):
+        rows = slice(start, start + size)
+        logits = (hidden[rows] @ weight).float()
+        if softcap is not None:
+            logits = softcap.a * torch.sigmoid((logits + softcap.b) / softcap.c)
+        parts.append(each(logits, rows))
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def top_k(target: DenseTeacher, k: int, temperature: float, tail: str) -> SparseTeacher:
+    """The k likeliest words of each token, with their log-probabilities over the whole vocabulary."""
+
+    def likeliest(logits: Tensor, _) -> tuple[Tensor, Tensor]:
+        values, ids = (logits / temperature).log_softmax(dim=1).topk(min(k, logits.shape[1]), dim=1)
+        return ids.int(), values
+
+    ids, log_probs = over_logits(target.hidden, target.head, target.softcap, likeliest)
+    return SparseTeacher(ids, log_probs=log_probs, tail=tail)
+
+
+def label_log_probs(hidden: Tensor, head: Tensor, softcap: Softcap | None, labels: Tensor) -> Tensor:
+    """(T,) log-probability of each label at temperature 1."""
+
+    def of_labels(logits: Tensor, rows: slice) -> tuple[Tensor]:
+        return (logits.log_softmax(dim=1).gather(1, labels[rows, None])[:, 0],)
+
+    return over_logits(hidden, head, softcap, of_labels)[0]
+
+
+def entropies(hidden: Tensor, head: Tensor, softcap: Softcap | None) -> Tensor:
+    """(T,) entropy in nats of each token's distribution at temperature 1."""
+
+    def entropy(logits: Tensor, _) -> tuple[Tensor]:
+        log_probs = logits.log_softmax(dim=1)
+        return (-(log_probs.exp() * log_probs).sum(dim=1),)
+
+    return over_logits(hidden, head, softcap, entropy)[0]
+
+
+def gate(
+    kind: str,
+    share: float,
+    hidden: Tensor,
+    head: Tensor,
+    softcap: Softcap | None,
+    target: DenseTeacher | SparseTeacher,
+    labels: Tensor,
+) -> Tensor | None:
+    """(T,) bool: the tokens that have KD; None for all. `hidden`, `head` and `softcap` are the student's.
+
+    "teacher_better": where the teacher gives the label more probability than the student does; a label that is not
+    among a sparse teacher's entries counts as given none. "student_entropy": the `share` of the tokens of which the
+    student is least certain.
+    """
+    if kind == "none":
+        return None
+    if kind == "student_entropy":
+        entropy = entropies(hidden, head, softcap)
+        return entropy >= entropy.topk(max(1, round(share * len(entropy)))).values[-1]
+    ours = label_log_probs(hidden, head, softcap, labels)
+    if isinstance(target, DenseTeacher):
+        return label_log_probs(target.hidden, target.head, target.softcap, labels) > ours
+    held = torch.where(target.ids == labels[:, None], target.log_probs, -torch.inf)
+    return held.amax(dim=1) > ours
