@@ -32,6 +32,7 @@ from kdclimb.optim import Optimizers
 from kdclimb.teacher import checkpoint_facts, load_teacher, random_teacher
 
 WARMUP_STEPS = 2
+CHECKPOINT_PAUSE = 10.0  # checkpoints lie so many times as far apart as one takes: seconds for a large model
 SHARE_EVERY = 10  # steps between two measurements of kd_share, which takes a little more than the loss alone
 
 
@@ -61,6 +62,20 @@ class Diverged(RuntimeError):
 
 class Interrupted(BaseException):
     """Asked to stop, or the master is gone."""
+
+
+class Paced:
+    """`action`, but not again before CHECKPOINT_PAUSE times as long as it took last is over."""
+
+    def __init__(self, action):
+        self.action, self.ready = action, -math.inf
+
+    def __call__(self) -> None:
+        began = time.perf_counter()
+        if began >= self.ready:
+            self.action()
+            ended = time.perf_counter()
+            self.ready = ended + CHECKPOINT_PAUSE * (ended - began)
 
 
 class Trainer:
@@ -111,7 +126,8 @@ class Trainer:
         self.reset()
 
     def train(self, checkpoint, should_stop, progress) -> None:
-        """Train to the stop step. `checkpoint()` is called after each validation, `should_stop()` after each step."""
+        """Train to the stop step. `checkpoint()` is called after validations, `should_stop()` after each step."""
+        after_validation = Paced(checkpoint)
         every, stop = self.config.validation.every, self.config.schedule.stop_step
         untie = self.optimizers.untie_step(self.config.schedule.scheduled)
         if self.step == 0:
@@ -132,7 +148,7 @@ class Trainer:
             if self.step % every == 0 or self.step == stop:
                 self.validate(progress)
                 if self.step < stop:
-                    checkpoint()
+                    after_validation()
             if self.step < stop and should_stop():
                 checkpoint()
                 raise Interrupted

@@ -349,3 +349,17 @@ def test_no_graph_is_made_inside_the_clock(tiny_runs, manifest, teacher_folder, 
     trainer.train(lambda: None, lambda: False, SimpleNamespace(update=lambda n: None, report=reported.append))
     assert made > 4 and trainer.recompiles == 0
     assert trainer.model.head is not None and trainer.kd.stop_step == 50
+
+
+def test_checkpoints_that_take_long_are_rarer(monkeypatch):
+    now, made = [0.0], []
+
+    def checkpoint():
+        made.append(now[0])
+        now[0] += 2.0
+
+    monkeypatch.setattr(train_module.time, "perf_counter", lambda: now[0])
+    paced = train_module.Paced(checkpoint)
+    for now[0] in (5.0, 10.0, 26.0, 28.0, 60.0):
+        paced()
+    assert made == [5.0, 28.0, 60.0]
