@@ -396,7 +396,7 @@ class _Archive:
             raise BundleError(f"{self.file}: {INDEX}: format {index.format}; this version reads {FORMAT}")
         if any(entry.size < 0 or not 0 <= entry.mtime_ns < 1 << 62 for entry in index.files):
             raise BundleError(f"{self.file}: {INDEX}: a size or time in it is out of range")
-        if not NAME.fullmatch(index.campaign) or index.campaign in ("runs", "data"):
+        if not NAME.fullmatch(index.campaign) or index.campaign in ("runs", "data", "caches"):
             raise BundleError(f"{self.file}: {INDEX}: {index.campaign!r} is no name of a campaign")
         return index
 

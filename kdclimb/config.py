@@ -300,6 +300,36 @@ class NgramConfig:
 
 
 @dataclass(frozen=True)
+class CacheConfig:
+    """Everything that decides a cache of a teacher's targets: one pass over the micro-batches that a seed gives."""
+
+    kind: str  # hidden, top_k or samples
+    entries: int  # of a token: words of top_k, draws of samples; 0 for hidden
+    temperature: float  # of top_k and samples; 1 for hidden, which fits any
+    teacher: str  # run id
+    data: DataRef
+    validation: ValidationConfig  # on which the teacher must score what it scored
+    seed: int
+    micro_batch_tokens: int
+    max_doc_tokens: int
+    micro_batches: int  # the first so many of a run
+    device: str
+    clock: str
+    modelled_tflops: float
+
+    def __post_init__(self) -> None:
+        key, most = {"hidden": ("", 0), "top_k": ("kd.top_k", 2**16), "samples": ("kd.samples", 255)}[self.kind]
+        allowed = f"1 to {most} with kd.cache: {self.kind}"
+        require(self.kind == "hidden" or 1 <= self.entries <= most, key, self.entries, allowed)
+        fits = self.kind == "hidden" or self.data.vocab_size <= 2**16
+        require(fits, "kd.cache", self.kind, "hidden or none with more than 65,536 words")
+
+    @property
+    def cache_id(self) -> str:
+        return f"{self.kind}-{short_hash(canonical_json(dataclasses.asdict(self)))}"
+
+
+@dataclass(frozen=True)
 class KDConfig:
     """Logits distillation of one run. total = (1 - alpha) * CE + alpha * norm * T^2 KL(teacher || student).
 
@@ -307,6 +337,7 @@ class KDConfig:
     """
 
     teacher: str  # run id of the teacher
+    cache: str | None  # id of the cache of its targets; None for the teacher itself in each step
     random_teacher: bool  # control: the teacher's shape with fresh random weights
     infer_only: bool  # control: teacher forward only, no KD loss
     alpha: float

@@ -23,6 +23,17 @@ def total_tokens(schedule: ScheduleConfig, steps: int | None = None) -> int:
     return sum(batch_tokens(schedule, step) for step in range(schedule.horizon if steps is None else steps))
 
 
+def kd_tokens(schedule: ScheduleConfig, kd: KDConfig) -> int:
+    """Tokens of the first steps of the horizon, up to the last that may have KD; validations may stop it sooner."""
+    tokens, most = 0, kd.token_frac * total_tokens(schedule)
+    steps = kd.stop_frac * schedule.horizon if kd.stop_mode == "step" else schedule.horizon
+    for step in range(schedule.horizon):
+        if tokens >= most or step >= steps:
+            break
+        tokens += batch_tokens(schedule, step)
+    return tokens
+
+
 def windows(schedule: ScheduleConfig, step: int) -> tuple[tuple[int, int] | None, tuple[int, ...]]:
     """What `GPT.set_windows` takes: (short, long) of `step`, and the long windows of all steps so far.
 

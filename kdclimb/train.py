@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from kdclimb import schedule
 from kdclimb.artifacts import write_via
 from kdclimb.attention import to_device
+from kdclimb.cache import TargetCache
 from kdclimb.config import RunConfig
 from kdclimb.data import Dataset
 from kdclimb.distill import KDController
@@ -29,7 +30,7 @@ from kdclimb.kernels import DistillLoss, distill_loss
 from kdclimb.model import GPT
 from kdclimb.ngram import NgramTable
 from kdclimb.optim import Optimizers
-from kdclimb.teacher import checkpoint_facts, load_teacher, random_teacher
+from kdclimb.teacher import checkpoint_facts, load_teacher, random_teacher, read_description
 
 WARMUP_STEPS = 2
 SHARE_EVERY = 10  # steps between two measurements of kd_share, which takes a little more than the loss alone
@@ -66,7 +67,9 @@ class Interrupted(BaseException):
 class Trainer:
     """State and steps of one run. `train()` goes from wherever the state stands to the end."""
 
-    def __init__(self, config: RunConfig, dataset: Dataset, teacher_folder: Path | None, backend: str):
+    def __init__(
+        self, config: RunConfig, dataset: Dataset, teacher_folder: Path | None, backend: str, cache: Path | None = None
+    ):
         self.config, self.dataset = config, dataset
         self.backend, self.device = backend, config.device
         on_gpu = config.device == "cuda"
@@ -79,6 +82,7 @@ class Trainer:
         self.kernel: str | None = None  # the loss's implementation, known once it ran
         self.teacher_folder = teacher_folder
         self.teacher = None if config.kd is None else self._load_teacher()
+        self.cache = None if config.kd is None else self._open_cache(cache)
         self.reset()
 
     def _load_teacher(self) -> tuple[GPT | NgramTable, float]:
@@ -89,6 +93,15 @@ class Trainer:
             self.teacher_folder, self.val_batches, checkpoint_facts(self.config, self.dataset), **options
         )
 
+    def _open_cache(self, folder: Path | None) -> TargetCache | None:
+        if self.config.kd.cache is None:
+            return None
+        if folder is None:
+            raise ValueError(f"kd.cache: {self.config.kd.cache} is asked for, but no --cache folder is given")
+        weights = read_description(self.teacher_folder)["weights_sha256"]
+        expected = {"teacher_sha256": weights, "data_hash": self.dataset.hash}
+        return TargetCache(folder, self.config, self.teacher[0], expected)
+
     def reset(self) -> None:
         """Everything at step 0, from the seed."""
         torch.manual_seed(self.config.seed)
@@ -96,7 +109,9 @@ class Trainer:
             self.model = GPT(self.config.model, **self.options)
         self.optimizers = Optimizers(self.model, self.config.optim, compiled=self.options["compiled"])
         self.stream = self.dataset.train_stream(self.config.seed, self.config.schedule.max_doc_tokens)
-        self.kd = None if self.teacher is None else KDController(self.config.kd, *self.teacher, self.config.schedule)
+        self.kd = None
+        if self.teacher is not None:
+            self.kd = KDController(self.config.kd, *self.teacher, self.config.schedule, self.cache)
         self.step, self.tokens, self.time_ms, self.broken, self.recompiles = 0, 0, 0.0, 0, 0
         self.steps: list[dict] = []
         self.vals: list[dict] = []
@@ -107,6 +122,8 @@ class Trainer:
             if self.kd and not with_teacher:
                 self.kd.stop_step = self.step
             for _ in range(max(WARMUP_STEPS, self.config.optim.adam.every)):  # so that Adam steps too
+                if with_teacher and self.kd.advance(self.step, self.tokens):
+                    break
                 self.train_step()
         self.reset()
 
@@ -156,7 +173,8 @@ class Trainer:
             hidden = self.model(batch.inputs, batch.documents)
             if micro < with_teacher:
                 share = measure_share and micro == 0
-                loss = self.kd.loss(hidden, self.model, batch, alpha=alpha, measure_share=share, **options)
+                place = self.tokens // sched.micro_batch_tokens + micro
+                loss = self.kd.loss(hidden, self.model, batch, place, alpha=alpha, measure_share=share, **options)
             else:
                 loss = distill_loss(hidden, self.model.head_weight, None, batch.labels, **options)
             (loss.total / num_micro).backward()
@@ -226,7 +244,10 @@ class Trainer:
     def flops_per_token(self) -> tuple[float, float]:
         """(student forward and backward, teacher forward). A document's mean context is taken as half its longest."""
         context = self.config.schedule.max_doc_tokens / 2
-        teacher = self.kd.teacher.flops_per_token(context, backward=False) if self.kd else 0.0
+        teacher = 0.0
+        if self.kd:
+            cache = self.cache
+            teacher = cache.flops_per_token() if cache else self.kd.teacher.flops_per_token(context, backward=False)
         return self.model.flops_per_token(context, backward=True), teacher
 
     # ---- resuming

@@ -324,6 +324,7 @@ def kd_config(teacher, **changes):
         every=1,
         micro_batches=0,
         token_stride=1,
+        cache=None,
         token_gate="none",
         token_gate_frac=0.5,
         top_k=0,

@@ -76,6 +76,7 @@ def make_config(horizon=100, seed=0, kd=None, boost=None, clock="measured", batc
             "every": 1,
             "micro_batches": 0,
             "token_stride": 1,
+            "cache": None,
             "token_gate": "none",
             "token_gate_frac": 0.5,
             "top_k": 0,

@@ -14,9 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from configs import ROOT
+from configs import ROOT, merged
 from safetensors.torch import load_file
 
+from kdclimb import campaign
 from kdclimb import model as model_module
 from kdclimb import optim as optim_module
 from kdclimb import run as run_module
@@ -24,10 +25,12 @@ from kdclimb import train as train_module
 from kdclimb.artifacts import ARTIFACTS, STEP_COLUMNS, SUMMARY_COLUMNS, VAL_COLUMNS, RunFolder
 from kdclimb.attention import Documents
 from kdclimb.config import ConfigError
+from kdclimb.count_ngrams import make
 from kdclimb.data import Dataset
 from kdclimb.model import compile_layer
 from kdclimb.run import EXIT_INTERRUPTED
 from kdclimb.train import SHARE_EVERY, Trainer, compiled_graphs
+from kdclimb.write_cache import write
 
 
 def pick(runs, arm, seed=0):
@@ -327,19 +330,47 @@ def test_a_failure_keeps_nothing_of_an_earlier_result(kd_run, tiny_runs, train, 
     assert list((out / "checkpoints").iterdir()) == [] and rows(out / "steps.csv") == []
 
 
+@pytest.fixture
+def taught(tiny_runs, manifest, teacher_folder, tmp_path):
+    """taught(source) -> (KD config, teacher folder, cache folder) with the teacher itself, its cache, or n-grams."""
+
+    def of(source):
+        changes = {"cache": "hidden"} if source == "cache" else {"ngram": {"orders": [3], "token_frac": [1.0]}}
+        config = campaign.load(merged("tests/tiny.yaml", {"kd": {} if source == "teacher" else changes}), ROOT)
+        teacher, data = pick(tiny_runs, "teacher"), manifest.parent.name
+        (label,) = (run.label for run in tiny_runs if run.arm == "teacher")
+        decisions = {"projected": {"survivors": [label]}, "selected": {"run_id": teacher.run_id}}
+        decisions["promoted"] = {"points": [campaign.grid_points(config.kd.grid)[0].name]}
+        if source == "ngram":
+            (table,) = campaign.tables(config, data)
+            make(table.config, tmp_path / table.run_id, manifest, threads=1)
+            runs = campaign.expand(config, decisions, data)
+            return pick(runs, "ngram"), tmp_path / table.run_id / "checkpoints", None
+        run = pick(campaign.expand(config, decisions, data), "kd")
+        if source == "teacher":
+            return run, teacher_folder, None
+        cache = campaign.caches(config, decisions, data)[run.kd.cache]
+        write(cache, tmp_path / cache.cache_id, manifest, teacher_folder, threads=1)
+        return run, teacher_folder, tmp_path / cache.cache_id
+
+    return of
+
+
 @pytest.mark.slow
-def test_no_graph_is_made_inside_the_clock(tiny_runs, manifest, teacher_folder, monkeypatch, cpu_varlen):
+@pytest.mark.parametrize("source", ["teacher", "cache", "ngram"])
+def test_no_graph_is_made_inside_the_clock(source, taught, manifest, monkeypatch, cpu_varlen):
     """What a GPU compiles, here by a quick backend: over a reset, all stages, the untying and the end of KD."""
+    config, teacher_folder, cache = taught(source)
+    torch._dynamo.reset()  # else the graphs of the source before are taken
     quick = compile_layer("aot_eager")
     monkeypatch.setattr(model_module, "compile_layer", lambda: quick)
     options = {"fullgraph": True, "dynamic": False, "backend": "aot_eager"}
     monkeypatch.setattr(optim_module, "_compiled", functools.cache(lambda f: torch.compile(f, **options)))
     monkeypatch.setattr(Documents, "of", Documents.padded)
-    config = pick(tiny_runs, "kd")
     config = dataclasses.replace(
         config, kd=dataclasses.replace(config.kd, stop_margin=9.0, stop_min_step=50, stop_consecutive=1)
     )
-    trainer = Trainer(config, Dataset(manifest), teacher_folder, "torch_varlen")
+    trainer = Trainer(config, Dataset(manifest), teacher_folder, "torch_varlen", cache)
     before = compiled_graphs()
     trainer.options["compiled"] = True
     trainer.teacher = trainer._load_teacher()
