@@ -129,6 +129,7 @@ class TrainSection:
     max_doc_tokens: int
     cooldown_frac: float
     lr_floor: float
+    lr_table: tuple[tuple[float, ...], ...]
     extension_frac: float
     windows: tuple[tuple[int, ...], ...]
     extension_windows: tuple[int, ...]
@@ -201,6 +202,8 @@ class KDSection:
     token_gate: str
     token_gate_frac: float
     top_k: int
+    compile_teacher: bool
+    logits_mib: int
     tail: str
     stop_mode: str
     stop_margin: float
@@ -393,6 +396,12 @@ def _check_locks(campaign: Campaign) -> None:
         "validation.every",
         campaign.validation.every,
         f"{LOCKED_VALIDATION_EVERY} ({lock.format('exploratory: true in both kd and teacher')})",
+    )
+    require(
+        campaign.validation.stop_at is None or (campaign.kd.exploratory and campaign.teacher.exploratory),
+        "validation.stop_at",
+        campaign.validation.stop_at,
+        f"null ({lock.format('exploratory: true in both kd and teacher')})",
     )
     require(
         campaign.budget.fraction <= LOCKED_BUDGET_FRACTION or campaign.teacher.exploratory,
@@ -612,6 +621,7 @@ class _Expansion:
             max_doc_tokens=train.max_doc_tokens,
             cooldown_frac=train.cooldown_frac,
             lr_floor=train.lr_floor,
+            lr_table=train.lr_table,
             extension_frac=train.extension_frac,
             windows=train.windows,
             extension_windows=train.extension_windows,

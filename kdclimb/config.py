@@ -204,6 +204,7 @@ class ScheduleConfig:
     max_doc_tokens: int  # longer documents are cut
     cooldown_frac: float  # last part of the horizon, over which the LR falls linearly to lr_floor
     lr_floor: float  # fraction of the base LR
+    lr_table: tuple[tuple[float, ...], ...]  # (from this fraction of the horizon on, LR multiplier), ...; () for none
     extension_frac: float  # very last part of the horizon, spent at lr_floor; stages and cooldown end before it
     windows: tuple[tuple[int, ...], ...]  # (short, long) in tokens for each stage; () for whole documents
     extension_windows: tuple[int, ...]  # the same for the extension; () for the last stage's
@@ -236,6 +237,14 @@ class ScheduleConfig:
             self.mtp_weights,
             f"one list, or {stages} of one length, one for each stage in train.batch_tokens",
         )
+        starts = [row[0] for row in self.lr_table if len(row) == 2 and row[1] > 0]
+        ordered = len(starts) == len(self.lr_table) and starts == sorted(set(starts))
+        require(
+            not self.lr_table or (ordered and starts[0] == 0.0 and starts[-1] < 1.0),
+            "train.lr_table",
+            self.lr_table,
+            "[], or pairs [start, multiplier] from 0.0 on, ascending below 1, with multipliers above 0",
+        )
         for row in self.mtp_weights:
             require(row and row[0] == 1.0 and min(row) >= 0.0, "train.mtp_weights", row, "1.0 first, none below 0")
         for tokens in self.batch_tokens:
@@ -256,6 +265,7 @@ class ScheduleConfig:
 class ValidationConfig:
     every: int  # steps
     tokens: int
+    stop_at: float | None  # nats: a run ends at the second of two validations in a row at or below this; None for never
 
 
 @dataclass(frozen=True)
@@ -353,6 +363,8 @@ class KDConfig:
     token_gate: str  # which of these tokens: none (all), teacher_better or student_entropy; see sparsify.py
     token_gate_frac: float  # of the tokens, for student_entropy
     top_k: int  # a neural teacher's likeliest words alone; 0 for its whole distribution
+    compile_teacher: bool  # on a GPU
+    logits_mib: int  # MiB for both sides' logits of a chunk; 0 for the loss's own choice
     tail: str  # of a sparse teacher: what its entries leave; see kernels/targets.py
     stop_mode: str  # val_margin, step or none
     stop_margin: float  # nats: KD stops when student val <= teacher val + margin

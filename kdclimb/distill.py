@@ -78,6 +78,7 @@ class KDController:
 
         With `infer_only` the teacher runs and its answer is dropped.
         """
+        options |= {"logits_mib": self.config.logits_mib or None}
         target = self.target(batch, place)
         if self.config.infer_only:
             return distill_loss(hidden, student.head_weight, None, batch.labels, **options)

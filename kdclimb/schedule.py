@@ -62,8 +62,13 @@ def mtp_weights(schedule: ScheduleConfig, step: int) -> list[float]:
 
 
 def base_lr(schedule: ScheduleConfig, step: int) -> float:
-    """Stage multiplier, falling linearly to lr_floor over the last cooldown_frac of the scheduled steps."""
+    """Stage multiplier, falling linearly to lr_floor over the last cooldown_frac of the scheduled steps.
+
+    With an lr_table, that times the stage multiplier instead: its latest row's, without a cooldown or a floor.
+    """
     mult = schedule.batch_lr[stage(schedule, step)]
+    if schedule.lr_table:
+        return mult * [factor for start, factor in schedule.lr_table if step >= start * schedule.horizon][-1]
     left = max(0.0, 1.0 - step / schedule.scheduled)
     if left >= schedule.cooldown_frac:
         return mult

@@ -86,7 +86,8 @@ class Trainer:
         self.reset()
 
     def _load_teacher(self) -> tuple[GPT | NgramTable, float]:
-        options = {"device": self.device, **self.options}
+        compiled = self.options["compiled"] and self.config.kd.compile_teacher
+        options = {"device": self.device, **self.options, "compiled": compiled}
         if self.config.kd.random_teacher:
             return random_teacher(self.teacher_folder, self.config.seed, self.val_batches, **options)
         return load_teacher(
@@ -148,6 +149,9 @@ class Trainer:
                 raise Diverged(f"loss_hard is {row['loss_hard']} at step {self.step}")
             if self.step % every == 0 or self.step == stop:
                 self.validate(progress)
+                if self.reached():
+                    progress.report(f"ends at step {self.step}: validation.stop_at is reached")
+                    break
                 if self.step < stop:
                     checkpoint()
             if self.step < stop and should_stop():
@@ -221,6 +225,11 @@ class Trainer:
         )
         if self.kd is not None and (why := self.kd.observe(self.step, val_loss)):
             progress.report(f"KD stops at step {self.step}: {why}")
+
+    def reached(self) -> bool:
+        """Whether the last two validations, that at step 0 apart, are at or below validation.stop_at."""
+        goal, last = self.config.validation.stop_at, [row["val_loss"] for row in self.vals if row["step"]][-2:]
+        return goal is not None and len(last) == 2 and max(last) <= goal
 
     # ---- time
 

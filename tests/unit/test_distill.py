@@ -7,9 +7,12 @@ import shutil
 import pytest
 import torch
 
+from kdclimb import distill
 from kdclimb.data import Dataset
 from kdclimb.distill import KDController
+from kdclimb.kernels import distill_loss
 from kdclimb.teacher import checkpoint_facts, load_teacher, random_teacher
+from kdclimb.train import Trainer
 
 OPTIONS = {"device": "cpu", "backend": "reference", "compute_dtype": torch.float32}
 
@@ -125,6 +128,28 @@ def test_alphas_schedules_by_hand(kd_config):
     kd = controller(kd_config, alpha=0.6, alpha_schedule="lr")  # its LR is 1, then 1.2, then falls to the floor of 0.1
     assert [kd.alpha(step, 0) for step in (0, 75)] == pytest.approx([0.6 / 1.2, 0.6 * 0.1 / 1.2])
     assert controller(kd_config, alpha=0.6, alpha_schedule="constant").alpha(70, 10**9) == 0.6
+
+
+def test_a_given_chunk_size_changes_nothing_but_memory(tiny_runs, dataset, teacher_folder, kd_config):
+    rows = []
+    for mib in (0, 1):
+        config = dataclasses.replace(kd_config, kd=dataclasses.replace(kd_config.kd, logits_mib=mib))
+        with pytest.MonkeyPatch.context() as patch:
+            seen = []
+            patch.setattr(distill, "distill_loss", lambda *a, seen=seen, **o: seen.append(o) or distill_loss(*a, **o))
+            rows.append(Trainer(config, dataset, teacher_folder, "reference").train_step())
+        assert {options["logits_mib"] for options in seen} == {mib or None}
+    assert rows[0]["loss_soft"] == pytest.approx(rows[1]["loss_soft"], rel=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_teacher_is_compiled_unless_told_otherwise(compiled, dataset, teacher_folder, kd_config, monkeypatch):
+    config = dataclasses.replace(kd_config, kd=dataclasses.replace(kd_config.kd, compile_teacher=compiled))
+    trainer = Trainer(config, dataset, teacher_folder, "reference")
+    trainer.options["compiled"], asked = True, []
+    monkeypatch.setattr("kdclimb.train.load_teacher", lambda *_, **options: asked.append(options["compiled"]))
+    trainer._load_teacher()
+    assert asked == [compiled]
 
 
 VAL = 5.0  # nats: the teacher's

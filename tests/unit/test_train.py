@@ -195,6 +195,19 @@ def test_changed_code_trains_again_unless_frozen(
     assert bool(trained) is not frozen
 
 
+def test_a_run_ends_where_two_validations_reached_its_goal(tiny_runs, train, tmp_path):
+    config = pick(tiny_runs, "ce")
+    longer = dataclasses.replace(config.schedule, horizon=100, stop_step=100)
+    goal = dataclasses.replace(config.validation, every=10, stop_at=4.6)
+    code, out = train(dataclasses.replace(config, schedule=longer, validation=goal), tmp_path)
+    vals = [(int(row["step"]), float(row["val_loss"])) for row in rows(out / "val.csv")]
+    assert code == 0 and json.loads((out / "status.json").read_text())["status"] == "ok"
+    assert [loss <= 4.6 for _, loss in vals] == [False] * (len(vals) - 2) + [True, True] and vals[-1][0] < 100
+    assert (out / "checkpoints/model.safetensors").is_file() and rows(out / "summary.csv")[0]["steps"] == str(
+        vals[-1][0]
+    )
+
+
 def test_divergence_is_a_result_with_its_reason(tiny_runs, train, tmp_path):
     config = pick(tiny_runs, "ce")
     adam = dataclasses.replace(config.optim.adam, lr=1e30)
