@@ -206,7 +206,7 @@ class Trainer:
             if with_teacher and not self.config.kd.infer_only:
                 row |= {"loss_soft": measured["soft"], "kd_norm": measured["norm_factor"]}
                 row |= {"kd_kept": measured["kept"]} if kept else {}
-                if measure_share:
+                if not math.isnan(measured["kd_share"]):  # not asked for, or 0 / 0 while the head is at zero
                     row["kd_share"] = measured["kd_share"]
         return row
 

@@ -100,6 +100,15 @@ def test_kd_is_alive_and_its_columns_are_filled_while_it_is(kd_run):
     assert len(active) == (int(stop) if stop else 75)
 
 
+def test_a_head_at_zero_has_no_share_and_the_next_ones_have(tiny_runs, manifest, teacher_folder):
+    config = pick(tiny_runs, "kd")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, untie_frac=0.0))
+    trainer = Trainer(config, Dataset(manifest), teacher_folder, "reference")
+    steps = [trainer.train_step() for _ in range(SHARE_EVERY + 1)]
+    assert [i for i, row in enumerate(steps) if "kd_share" in row] == [SHARE_EVERY]
+    assert 0.05 < steps[SHARE_EVERY]["kd_share"] < 0.95
+
+
 def test_ce_leaves_kd_cells_empty_and_costs_no_teacher_time(tiny_runs, train, kd_run, tmp_path):
     _, out = train(pick(tiny_runs, "control_boost"), tmp_path)
     steps, vals, summary = (rows(out / f"{name}.csv") for name in ("steps", "val", "summary"))
