@@ -27,7 +27,7 @@ from benchmarks.common import Rows
 from kdclimb import campaign, schedule
 from kdclimb.artifacts import write_json
 from kdclimb.attention import choose_backend
-from kdclimb.config import RunConfig
+from kdclimb.config import ATTENTION_BACKENDS, AttentionConfig, RunConfig
 from kdclimb.data import Dataset
 from kdclimb.distill import KDController
 from kdclimb.explain import read_config
@@ -116,6 +116,8 @@ def main() -> None:
     parser.add_argument("--teacher", type=int, nargs=3, metavar=("LAYERS", "HEADS", "HEAD_DIM"))
     parser.add_argument("--rounds", type=int, default=10, help="timed steps of each stage and arm")
     parser.add_argument("--head-dtype", choices=("same", "fp8"), help="instead of the config's")
+    parser.add_argument("--attention", choices=ATTENTION_BACKENDS, default="auto")
+    parser.add_argument("--micro-batch", type=int, help="tokens, instead of the config's")
     parser.add_argument("--commit", help="for the CSV, where there is no git")
     parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder of train_step.csv, kd_step.csv")
     args = parser.parse_args()
@@ -124,17 +126,22 @@ def main() -> None:
     config, loaded = student(args.configfile, args.horizon)
     if args.head_dtype:
         config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, head_dtype=args.head_dtype))
+    if args.micro_batch:
+        sched = dataclasses.replace(config.schedule, micro_batch_tokens=args.micro_batch)
+        config = dataclasses.replace(config, schedule=sched)
     with tempfile.TemporaryDirectory() as folder:
         run(config, loaded, synthetic(Path(folder), 60_000_000, config.data.vocab_size - 48), args)
 
 
 def run(config: RunConfig, loaded: campaign.Campaign, dataset: Dataset, args: argparse.Namespace) -> None:
-    trainer = Trainer(config, dataset, None, choose_backend("cuda"))
+    backend = choose_backend(AttentionConfig(args.attention, False), "cuda")
+    trainer = Trainer(config, dataset, None, backend)
     arms = {"ce": False}
     if args.teacher:
         with_teacher(trainer, args.teacher, loaded)
         arms["kd"] = True
     case = {"attention": trainer.backend, "head": {"same": "bf16"}.get(config.schedule.head_dtype, "fp8")}
+    case["micro_batch"] = config.schedule.micro_batch_tokens
     seconds = warm_up(trainer, arms)
     steps, kd_steps = Rows("train_step", args.commit), Rows("kd_step", args.commit)
     steps.add("kdclimb", case, compile_s=seconds)

@@ -1,21 +1,31 @@
 """Causal attention over packed documents, with sliding windows, behind one function.
 
 Every backend takes q, k, v of shape (T, H, D) for T packed tokens and the documents' boundaries; no token sees another
-document, nor one that lies more than the window before it. Backends: "reference" (any device, pads the documents into
-a batch for torch's SDPA) and "torch_varlen" (CUDA, torch's own variable-length flash attention).
+document, nor one that lies more than the window before it. "reference" runs on any device: it pads the documents into
+a batch for torch's SDPA. The others are flash attention on a GPU (docs/ATTENTION.md): the packages flash-attn 4, 3 and
+2, where they are installed, and "torch_varlen", which is in torch itself.
 """
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BACKENDS = ("reference", "torch_varlen")
+from kdclimb.config import AttentionConfig, require
+
+MODULES = {  # of flash-attn: what to import, and the compute capabilities that it is for
+    "flash_attn_4": ("flash_attn.cute.interface", (9, 10, 11, 12)),
+    "flash_attn_3": ("flash_attn_interface", (9,)),
+    "flash_attn_2": ("flash_attn.flash_attn_interface", (8, 9, 10, 11, 12)),
+}
+BROKEN = "it is installed but can't be imported"
 
 
 @dataclass(frozen=True)
@@ -78,9 +88,48 @@ def to_device(values: Tensor, device: torch.device | str) -> Tensor:
     return values.to(device)
 
 
-def choose_backend(device: str) -> str:
-    """The fastest backend that this machine has for `device`."""
-    return "torch_varlen" if device == "cuda" else "reference"
+def choose_backend(config: AttentionConfig, device: str) -> str:
+    """The backend that `config` asks for; for "auto" the fastest that this machine has for `device`.
+
+    ConfigError: it can't run here, or `require_flash_attn` is set and none of flash-attn's can, or one is installed but
+    broken, which "auto" does not pass over in silence.
+    """
+    reasons = {name: why_not(name, device) for name in (*MODULES, "torch_varlen", "reference")}
+    here = [name for name, reason in reasons.items() if reason is None]
+    if config.backend != "auto":
+        reason = reasons[config.backend]
+        require(reason is None, "attention.backend", config.backend, f"{', '.join(here)}; this one: {reason}")
+        return config.backend
+    for name, reason in reasons.items():
+        if reason is None:
+            break
+        require(not reason.startswith(BROKEN), "attention.backend", "auto", f"{', '.join(here)}; {name}: {reason}")
+    missing = "; ".join(f"{name}: {reasons[name]}" for name in MODULES)
+    found = here[0] in MODULES or not config.require_flash_attn
+    require(found, "attention.require_flash_attn", True, f"false. {missing} (docs/ATTENTION.md)")
+    return here[0]
+
+
+def why_not(backend: str, device: str) -> str | None:
+    """What keeps a backend from running on `device` here, or None."""
+    if backend == "reference":
+        return None
+    if device != "cuda":
+        return "it needs an NVIDIA GPU"
+    if backend == "torch_varlen":
+        return None
+    module, capabilities = MODULES[backend]
+    major = torch.cuda.get_device_capability()[0]
+    if major not in capabilities:
+        return f"it is not for GPUs of compute capability {major}.x"
+    try:
+        importlib.import_module(module)
+        _flash(backend)
+    except Exception as error:  # whatever a package raises that does not fit the rest of this machine
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            return "it is not installed"
+        return f"{BROKEN} ({type(error).__name__}: {error})"
+    return None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, span: Span, backend: str) -> Tensor:
@@ -88,11 +137,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, span: Span,
 
     ValueError: no such backend.
     """
-    if backend == "torch_varlen":
-        return _varlen(q, k, v, documents.cu_seqlens, documents.max_len, span.window, span.scale)[0]
     if backend == "reference":
         return _padded(q, k, v, documents, span.window.item(), span.scale.item())
-    raise ValueError(f"attention backend: {backend!r} is not allowed; allowed: {', '.join(BACKENDS)}")
+    if backend not in (*MODULES, "torch_varlen"):
+        raise ValueError(f"attention backend: {backend!r} is not allowed")
+    return _varlen(q, k, v, documents.cu_seqlens, documents.max_len, span.window, span.scale, backend)[0]
 
 
 def _padded(q, k, v, documents, window, scale):
@@ -112,54 +161,134 @@ def _padded(q, k, v, documents, window, scale):
     return out.transpose(1, 2).reshape(num_docs * max_len, *q.shape[1:]).index_select(0, slots)
 
 
-# ---- torch's flash attention, as an operator whose window and scale are no part of the graph ----------------------
+# ---- flash attention, as one operator whose window and scale are no part of the graph -----------------------------
 
 
 @torch.library.custom_op("kdclimb::varlen_attention", mutates_args=())
 def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: Tensor, scale: Tensor
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: Tensor, scale: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    out, log_norm, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, 0.0, window.item() < 0, False,
-        scale=scale.item(), window_size_left=window.item(), window_size_right=0,
-    )  # fmt: skip
-    return out, log_norm
+    forward, _ = _flash(backend)
+    return forward(q, k, v, cu_seqlens, max_len, window.item(), scale.item())
 
 
 @_varlen.register_fake
-def _(q, k, v, cu_seqlens, max_len, window, scale):
+def _(q, k, v, cu_seqlens, max_len, window, scale, backend):
     return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("kdclimb::varlen_attention_backward", mutates_args=())
 def _varlen_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_norm: Tensor, cu_seqlens: Tensor, max_len: int,
-    window: Tensor, scale: Tensor,
+    window: Tensor, scale: Tensor, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    unused = torch.empty(0, device=q.device)
-    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    dq, dk, dv = torch.ops.aten._flash_attention_backward(
-        grad.contiguous(), q, k, v, out, log_norm, cu_seqlens, cu_seqlens, max_len, max_len, 0.0, window.item() < 0,
-        no_dropout, unused, scale=scale.item(), window_size_left=window.item(), window_size_right=0,
-    )  # fmt: skip
-    return dq, dk, dv
+    _, backward = _flash(backend)
+    return backward(grad.contiguous(), q, k, v, out, log_norm, cu_seqlens, max_len, window.item(), scale.item())
 
 
 @_varlen_backward.register_fake
-def _(grad, q, k, v, out, log_norm, cu_seqlens, max_len, window, scale):
+def _(grad, q, k, v, out, log_norm, cu_seqlens, max_len, window, scale, backend):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, cu_seqlens, ctx.max_len, window, scale = inputs
+    q, k, v, cu_seqlens, ctx.max_len, window, scale, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens, window, scale)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, _):
     q, k, v, out, log_norm, cu_seqlens, window, scale = ctx.saved_tensors
-    grads = _varlen_backward(grad, q, k, v, out, log_norm, cu_seqlens, ctx.max_len, window, scale)
-    return (*grads, None, None, None, None)
+    grads = _varlen_backward(grad, q, k, v, out, log_norm, cu_seqlens, ctx.max_len, window, scale, ctx.backend)
+    return (*grads, None, None, None, None, None)
 
 
 _varlen.register_autograd(_backward, setup_context=_save)
+
+
+# ---- the packages: (forward, backward) of each, on plain numbers; forward also gives the (H, T) log-normalisers ------
+
+
+@cache
+def _flash(backend: str):
+    if backend == "torch_varlen":
+        return _aten_forward, _aten_backward
+    if backend == "flash_attn_3":  # torch itself knows how to put it in the place of its own kernels
+        from torch.nn.attention import activate_flash_attention_impl
+
+        activate_flash_attention_impl("FA3")
+        return _aten_forward, _aten_backward
+    module = importlib.import_module(MODULES[backend][0])
+    if backend == "flash_attn_2":
+        return _flash_attn_2(module._flash_attn_varlen_forward, module._flash_attn_varlen_backward)
+    return _flash_attn_4(module._flash_attn_fwd, module._flash_attn_bwd)
+
+
+def _aten_forward(q, k, v, cu_seqlens, max_len, window, scale):
+    out, log_norm, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, 0.0, window < 0, False,
+        scale=scale, window_size_left=window, window_size_right=0,
+    )  # fmt: skip
+    return out, log_norm
+
+
+def _aten_backward(grad, q, k, v, out, log_norm, cu_seqlens, max_len, window, scale):
+    unused = torch.empty(0, device=q.device)
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    return torch.ops.aten._flash_attention_backward(
+        grad, q, k, v, out, log_norm, cu_seqlens, cu_seqlens, max_len, max_len, 0.0, window < 0, no_dropout, unused,
+        scale=scale, window_size_left=window, window_size_right=0,
+    )  # fmt: skip
+
+
+def _flash_attn_4(run_forward, run_backward):
+    warnings.filterwarnings("ignore", module=r"cutlass\.")  # its compiler's, on code that is not ours
+
+    def options(cu_seqlens, max_len, window, scale):
+        return {
+            "softmax_scale": scale,
+            "causal": True,
+            "window_size_left": None if window < 0 else window,
+            "window_size_right": None if window < 0 else 0,
+            "cu_seqlens_q": cu_seqlens,
+            "cu_seqlens_k": cu_seqlens,
+            "max_seqlen_q": max_len,
+            "max_seqlen_k": max_len,
+        }
+
+    def forward(q, k, v, *how):
+        out, log_norm, *_ = run_forward(q, k, v, return_lse=True, **options(*how))
+        return out, log_norm
+
+    def backward(grad, q, k, v, out, log_norm, *how):
+        return run_backward(q, k, v, out, grad, log_norm, **options(*how))
+
+    return forward, backward
+
+
+def _flash_attn_2(run_forward, run_backward):
+    def options(cu_seqlens, max_len, window, scale):
+        return {
+            "softmax_scale": scale,
+            "causal": True,
+            "window_size_left": window,
+            "window_size_right": 0 if window >= 0 else -1,
+            "cu_seqlens_q": cu_seqlens,
+            "cu_seqlens_k": cu_seqlens,
+            "max_seqlen_q": max_len,
+            "max_seqlen_k": max_len,
+            "dropout_p": 0.0,
+            "softcap": 0.0,
+            "alibi_slopes": None,
+        }
+
+    def forward(q, k, v, *how):
+        out, log_norm, *_ = run_forward(q, k, v, **options(*how))
+        return out, log_norm
+
+    def backward(grad, q, k, v, out, log_norm, *how):
+        grads = [torch.empty_like(t) for t in (q, k, v)]
+        run_backward(grad, q, k, v, out, log_norm, *grads, deterministic=False, **options(*how))
+        return tuple(grads)
+
+    return forward, backward

@@ -23,6 +23,7 @@ import yaml
 from kdclimb import sources, supply
 from kdclimb.config import (
     ADAM_KINDS,
+    AttentionConfig,
     BoostConfig,
     CacheConfig,
     ConfigError,
@@ -231,6 +232,7 @@ class Campaign:
     student: StudentSection
     train: TrainSection
     optim: OptimConfig
+    attention: AttentionConfig
     validation: ValidationConfig
     budget: BudgetSection
     teacher: TeacherSection
@@ -633,7 +635,13 @@ class _Expansion:
         if cached and campaign.kd.cache != "none":
             kd = self.from_cache(kd, schedule, seed)
         config = RunConfig(
-            model=model or self.student(), optim=campaign.optim, schedule=schedule, kd=kd, seed=seed, **self.shared()
+            model=model or self.student(),
+            optim=campaign.optim,
+            schedule=schedule,
+            attention=campaign.attention,
+            kd=kd,
+            seed=seed,
+            **self.shared(),
         )
         return Run(arm, label, config)
 
@@ -649,6 +657,7 @@ class _Expansion:
             seed=seed,
             micro_batch_tokens=schedule.micro_batch_tokens,
             max_doc_tokens=schedule.max_doc_tokens,
+            attention=self.campaign.attention,
             micro_batches=kd_tokens(schedule, kd) // schedule.micro_batch_tokens,
             **self.shared(),
         )

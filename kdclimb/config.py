@@ -124,6 +124,22 @@ class ModelConfig:
         return self.num_heads * self.head_dim
 
 
+ATTENTION_BACKENDS = ("auto", "flash_attn_4", "flash_attn_3", "flash_attn_2", "torch_varlen", "reference")
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Which kernels attention runs on; see docs/ATTENTION.md."""
+
+    backend: str  # one of ATTENTION_BACKENDS
+    require_flash_attn: bool  # refuse to run without one of the flash_attn_*
+
+    def __post_init__(self) -> None:
+        require(self.backend in ATTENTION_BACKENDS, "attention.backend", self.backend, ", ".join(ATTENTION_BACKENDS))
+        fits = not self.require_flash_attn or self.backend == "auto" or self.backend.startswith("flash_attn")
+        require(fits, "attention.require_flash_attn", True, f"false with attention.backend: {self.backend}")
+
+
 @dataclass(frozen=True)
 class MatrixMult:
     """A LR multiplier for the matrices of one name, in all blocks."""
@@ -322,6 +338,7 @@ class CacheConfig:
     seed: int
     micro_batch_tokens: int
     max_doc_tokens: int
+    attention: AttentionConfig  # as in the runs: another backend rounds otherwise
     micro_batches: int  # the first so many of a run
     device: str
     clock: str
@@ -385,6 +402,7 @@ class RunConfig:
     optim: OptimConfig
     schedule: ScheduleConfig
     validation: ValidationConfig
+    attention: AttentionConfig
     kd: KDConfig | None
     seed: int
     device: str  # cpu or cuda

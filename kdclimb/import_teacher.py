@@ -299,6 +299,7 @@ def import_teacher(
         micro_batch_tokens=campaign.train.micro_batch_tokens,
         max_doc_tokens=campaign.train.max_doc_tokens,
         device=campaign.device,
+        attention=campaign.attention,
     )
     report(f"reading {path}")
     tensors, facts = read(path, shape, results)
@@ -349,7 +350,8 @@ class _Import:
     @property
     def options(self) -> dict:
         """As in the runs that will learn from it, where it must score the same."""
-        on_gpu, backend = self.config.device == "cuda", choose_backend(self.config.device)
+        on_gpu = self.config.device == "cuda"
+        backend = choose_backend(self.config.attention, self.config.device)
         return {"backend": backend, "compute_dtype": torch.bfloat16 if on_gpu else torch.float32, "compiled": on_gpu}
 
     def measure(self, model: GPT) -> float:

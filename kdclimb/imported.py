@@ -7,7 +7,17 @@ import math
 import re
 from dataclasses import dataclass
 
-from kdclimb.config import DataRef, ModelConfig, NgramConfig, RunConfig, build, canonical_json, require, short_hash
+from kdclimb.config import (
+    AttentionConfig,
+    DataRef,
+    ModelConfig,
+    NgramConfig,
+    RunConfig,
+    build,
+    canonical_json,
+    require,
+    short_hash,
+)
 
 PREFIX = "imported-"  # of the run id; no rule trains anything of this name
 COMMAND = "python -m kdclimb import-teacher FILE --layers L --heads H --windows-passed N --cost-ms MS"
@@ -38,6 +48,7 @@ class ImportedConfig:
     micro_batch_tokens: int
     max_doc_tokens: int
     device: str
+    attention: AttentionConfig
 
     def __post_init__(self) -> None:
         require(0 < self.cost_ms < math.inf, "--cost-ms", self.cost_ms, "milliseconds of training, above 0")

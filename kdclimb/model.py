@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from kdclimb.attention import Documents, Span, attention, to_device
 from kdclimb.config import ModelConfig
 from kdclimb.kernels import Softcap
+from kdclimb.kernels.mlp import relu2_mlp
+from kdclimb.kernels.rows import add_rows
 
 ROTARY_BASE = 1024.0  # this and all below are the speedrun's
 YARN_ROTATIONS = (
@@ -216,7 +218,7 @@ class Block(nn.Module):
         return F.linear(y.flatten(1), output.to(x.dtype))
 
     def mlp(self, x):
-        return F.linear(F.relu(F.linear(x, self.up.to(x.dtype))).square(), self.down.to(x.dtype))
+        return relu2_mlp(x, self.up, self.down)
 
 
 class _LookUp(torch.autograd.Function):
@@ -231,7 +233,7 @@ class _LookUp(torch.autograd.Function):
         (rows,) = ctx.saved_tensors
         if ctx.table.grad is None:
             ctx.table.grad = torch.zeros_like(ctx.table)
-        ctx.table.grad.index_add_(0, rows, grad.to(ctx.table.dtype))
+        add_rows(ctx.table.grad, rows, grad)
         return None, None, None
 
 

@@ -109,7 +109,7 @@ class _Attempt:
     def __init__(self, config, folder: RunFolder, dataset, teacher, cache, key, threads):
         self.config, self.folder, self.dataset, self.teacher, self.cache = config, folder, dataset, teacher, cache
         self.key, self.threads = key, threads
-        self.backend = choose_backend(config.device)
+        self.backend = choose_backend(config.attention, config.device)
         self.started = datetime.now(UTC)
         self.trainer: Trainer | None = None
 

@@ -45,7 +45,7 @@ def write(config: CacheConfig, out: Path, manifest: Path, teacher_folder: Path, 
         dataset.val_batches(config.validation.tokens, *packing, config.device),
         data_facts(dataset, config.validation.tokens, *packing),
         device=config.device,
-        backend=choose_backend(config.device),
+        backend=choose_backend(config.attention, config.device),
         compute_dtype=torch.bfloat16 if on_gpu else torch.float32,
         compiled=on_gpu,
     )

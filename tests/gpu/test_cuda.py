@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from kdclimb import campaign, explain
-from kdclimb.attention import Documents, Span, attention
+from kdclimb.attention import Documents, Span, attention, choose_backend, why_not
 from kdclimb.config import (
     ADAM_KINDS,
     AdamConfig,
     AdamGroup,
+    AttentionConfig,
     DataRef,
     KDConfig,
     MatrixMult,
@@ -31,6 +32,8 @@ from kdclimb.config import (
 from kdclimb.count_ngrams import count, make
 from kdclimb.data import Dataset
 from kdclimb.kernels import DenseTeacher, DynamicNorm, Softcap, distill_loss
+from kdclimb.kernels.mlp import relu2_mlp
+from kdclimb.kernels.rows import add_rows
 from kdclimb.model import GPT
 from kdclimb.optim import Optimizers
 from kdclimb.prepare import prepare
@@ -58,9 +61,16 @@ def unpadded(starts, total):
     return Documents(bounds.cuda(), int(bounds.diff().max()), total)
 
 
+@pytest.fixture(params=["flash_attn_4", "flash_attn_3", "flash_attn_2", "torch_varlen"])
+def backend(request):
+    if reason := why_not(request.param, "cuda"):
+        pytest.skip(reason)
+    return request.param
+
+
 @pytest.mark.parametrize("window", [-1, 0, 100, 1500])
 @pytest.mark.parametrize("starts", [[0], [0, 5, 700, 701, 1500]])
-def test_varlen_attention_against_float64(starts, window):
+def test_flash_attention_against_float64(backend, starts, window):
     torch.manual_seed(0)
     q, k, v, upstream = (torch.randn(2048, 6, 128, device="cuda", dtype=torch.float64) for _ in range(4))
 
@@ -71,9 +81,39 @@ def test_varlen_attention_against_float64(starts, window):
         return [out, *torch.autograd.grad(out, inputs, upstream.to(dtype))]
 
     truth = run_as(torch.float64, "reference")
-    plain, ours = run_as(torch.bfloat16, "reference"), run_as(torch.bfloat16, "torch_varlen")
+    plain, ours = run_as(torch.bfloat16, "reference"), run_as(torch.bfloat16, backend)
     for mine, reference, true in zip(ours, plain, truth, strict=True):
         assert error(mine, true) <= 3 * error(reference, true)
+
+
+def test_fused_mlp_against_float64():
+    torch.manual_seed(0)
+    shapes = ((3000, 768), (3072, 768), (768, 3072))
+    values = [torch.randn(*shape, device="cuda").bfloat16() * scale for shape, scale in zip(shapes, (1, 0.03, 0.03))]
+    upstream = torch.randn(3000, 768, device="cuda").bfloat16()
+
+    def run_as(function, dtype, weights_dtype):
+        inputs = [t.to(to).requires_grad_() for t, to in zip(values, (dtype, weights_dtype, weights_dtype))]
+        out = function(*inputs)
+        return [out, *torch.autograd.grad(out, inputs, upstream.to(dtype))]
+
+    def plain(x, up, down):
+        return torch.relu(x @ up.T).square() @ down.T
+
+    truth = run_as(plain, torch.float64, torch.float64)
+    rounded = run_as(plain, torch.bfloat16, torch.bfloat16)
+    for mine, reference, true in zip(run_as(relu2_mlp, torch.bfloat16, torch.float32), rounded, truth, strict=True):
+        assert error(mine, true) <= 3 * error(reference, true)
+
+
+def test_rows_are_added_as_index_add_does():
+    torch.manual_seed(0)
+    grad, places = torch.randn(20000, 768, device="cuda").bfloat16(), torch.randint(0, 300, (20000,), device="cuda")
+    ours = torch.zeros(300, 768, device="cuda")
+    add_rows(ours, places, grad)
+    truth = torch.zeros(300, 768, device="cuda", dtype=torch.float64).index_add_(0, places, grad.double())
+    plain = torch.zeros_like(ours).index_add_(0, places, grad.float())
+    assert error(ours, truth) <= 3 * error(plain, truth)
 
 
 def by_size(tensors):
@@ -82,8 +122,9 @@ def by_size(tensors):
     return [*large, torch.cat([t.double().flatten() for t in tensors if t.numel() < 1000])]
 
 
-def test_compiled_model_against_float64_without_waiting_and_without_new_graphs():
+def test_compiled_model_against_float64_without_waiting_and_without_new_graphs(backend):
     starts, total = [0, 5, 700, 701, 1500], 2048
+    torch.compiler.reset()  # what another backend compiled
     torch.manual_seed(0)
     tokens = torch.randint(0, 512, (total,), device="cuda")
     upstream = torch.randn(total, 128, device="cuda", dtype=torch.float64)
@@ -98,9 +139,8 @@ def test_compiled_model_against_float64_without_waiting_and_without_new_graphs()
         return model
 
     def gradients(model, windows, longs):
-        if model.backend == "torch_varlen":
-            documents = Documents.of(starts, total, "cuda", total)
-        else:
+        documents = Documents.of(starts, total, "cuda", total)
+        if model.backend == "reference":
             documents = unpadded(starts, total)
         model.set_windows(windows, longs)
         model.zero_grad()
@@ -109,7 +149,7 @@ def test_compiled_model_against_float64_without_waiting_and_without_new_graphs()
         return [hidden, *(p.grad for p in model.parameters())]
 
     models = [make(torch.float64, "reference"), make(torch.bfloat16, "reference")]
-    models.append(make(torch.bfloat16, "torch_varlen", compiled=True))
+    models.append(make(torch.bfloat16, backend, compiled=True))
     before = compiled_graphs()
     for windows, longs in (((16, 64), (64,)), ((32, 128), (64, 128))):
         truth, plain, ours = (by_size(gradients(model, windows, longs)) for model in models)
@@ -291,6 +331,7 @@ def config(num_layers=4, num_heads=4, horizon=60, kd=None, clock="measured"):
             lr_boost=None,
         ),
         validation=ValidationConfig(25, 4096, None),
+        attention=AttentionConfig("auto", False),
         kd=kd,
         seed=0,
         device="cuda",
@@ -346,7 +387,8 @@ def kd_config(teacher, **changes):
 
 def test_ce_teacher_and_kd_run_on_the_gpu(manifest, tmp_path):
     _, status, summary, vals = train(config(), manifest, tmp_path)
-    assert status["attention"] == "torch_varlen" and status["device"] == torch.cuda.get_device_name()
+    assert status["attention"] == choose_backend(config().attention, "cuda")
+    assert status["device"] == torch.cuda.get_device_name()
     assert (status["kernel"], status["recompiles"]) == ("triton", 0)
     assert float(summary["final_val"]) < float(vals[0]["val_loss"]) - 1.0
     assert float(summary["peak_alloc_gib"]) > 0 and float(summary["train_time_ms"]) > 0

@@ -69,12 +69,12 @@ def cpu_varlen():
         yield
 
 
-def _varlen(q, k, v, cu_seqlens, max_len, window, scale):
+def _varlen(q, k, v, cu_seqlens, max_len, window, scale, backend):
     out = attention(q, k, v, Documents(cu_seqlens, max_len, len(q)), Span(window, scale), "reference")
     return out.contiguous(), q.new_empty(q.shape[1], q.shape[0])
 
 
-def _varlen_backward(grad, q, k, v, out, log_norm, cu_seqlens, max_len, window, scale):
+def _varlen_backward(grad, q, k, v, out, log_norm, cu_seqlens, max_len, window, scale, backend):
     def gradients():
         inputs = [t.detach().requires_grad_() for t in (q, k, v)]
         out = attention(*inputs, Documents(cu_seqlens, max_len, len(q)), Span(window, scale), "reference")

@@ -56,6 +56,7 @@ def make_config(horizon=100, seed=0, kd=None, boost=None, clock="measured", batc
             "lr_boost": boost and dict(zip(("mult", "hold_frac", "drop_frac"), boost, strict=True)),
         },
         "validation": {"every": 25, "tokens": 1000, "stop_at": None},
+        "attention": {"backend": "auto", "require_flash_attn": False},
         "kd": None,
         "seed": seed,
         "device": "cpu",

@@ -122,7 +122,7 @@ def _others(old):
     if old is None:
         return [4.5]
     return (
-        [old * 2]
+        [old * 2, "reference"]
         if isinstance(old, str)
         else [old / 2 or 0.5]
         if isinstance(old, float)

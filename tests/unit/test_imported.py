@@ -14,7 +14,7 @@ from kdclimb import campaign as campaigns
 from kdclimb.analysis import selection
 from kdclimb.analysis.tables import RunFolder, write_csv
 from kdclimb.artifacts import STEP_COLUMNS, SUMMARY_COLUMNS, VAL_COLUMNS, write_json
-from kdclimb.config import ConfigError
+from kdclimb.config import AttentionConfig, ConfigError
 from kdclimb.imported import ImportedConfig, Origin, read_config
 
 
@@ -32,6 +32,7 @@ def make_imported(cost_ms=500.0, data="text-512-000000000000", **changes):
         micro_batch_tokens=1024,
         max_doc_tokens=256,
         device="cpu",
+        attention=AttentionConfig("auto", False),
     )
     return dataclasses.replace(config, **changes)
 
@@ -68,6 +69,7 @@ def test_everything_that_decides_it_is_in_its_id():
     )
     changes = [{"cost_ms": 501.0}, {"long_windows": (384, 896)}, {"windows": (128, 896)}, {"val_tokens": 1}]
     changes += [{"imported_from": Origin("state_best.pt", "1" * 64, 250, 4.069)}, {"device": "cuda"}]
+    changes += [{"attention": AttentionConfig("reference", False)}]
     assert len({config.run_id, *(make_imported(**change).run_id for change in changes)}) == 1 + len(changes)
 
 
