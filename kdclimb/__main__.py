@@ -170,7 +170,7 @@ def forget(args: argparse.Namespace) -> str:
         raise ValueError(f"kdclimb retry: no run with {asked} under {results}/runs")
     names = [folder.name for folder in folders]
     for campaign in results.iterdir():
-        tables = list(campaign.rglob("*.csv")) if campaign.name not in ("runs", "data") else []
+        tables = list(campaign.rglob("*.csv")) if campaign.name not in ("runs", "data", "caches") else []
         naming = [table for table in tables if any(name in table.read_text() for name in names)]
         for file in (*naming, *([campaign / "report/index.html"] if naming else [])):
             file.unlink(missing_ok=True)

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from kdclimb.analysis import selection
 from kdclimb.artifacts import MADE_AT_THE_END, write_text, write_via
 from kdclimb.campaign import Campaign, data_id, expand, read_decisions, tables
-from kdclimb.config import ConfigError, build
+from kdclimb.config import NGRAM_PREFIX, ConfigError, build
 from kdclimb.imported import PREFIX, read_config
 from kdclimb.mirror import campaign_files, run_files
 from kdclimb.provenance import git_commit, source_hash
@@ -312,9 +312,10 @@ def _check_weights(archive: _Archive, entries: dict[str, Entry], folder: str, st
 
 
 def _check_code(file: Path, index: Index, runs: dict[str, dict]) -> None:
-    ours = source_hash("workflow/scripts/train.py")
-    trained = {run_id: status for run_id, status in runs.items() if not run_id.startswith(PREFIX)}
-    other = [run_id for run_id, status in trained.items() if status["code_hash"] != ours]
+    trained, counted = (source_hash(f"workflow/scripts/{script}.py") for script in ("train", "ngram"))
+    made_here = {run_id: status["code_hash"] for run_id, status in runs.items() if not run_id.startswith(PREFIX)}
+    ours = {run_id: counted if run_id.startswith(NGRAM_PREFIX) else trained for run_id in made_here}
+    other = [run_id for run_id, found in made_here.items() if found != ours[run_id]]
     if other:
         raise BundleError(
             f"{file}: runs/{other[0]}: trained by other code than this checkout's (commit {index.kdclimb_commit}); "
@@ -396,7 +397,7 @@ class _Archive:
             raise BundleError(f"{self.file}: {INDEX}: format {index.format}; this version reads {FORMAT}")
         if any(entry.size < 0 or not 0 <= entry.mtime_ns < 1 << 62 for entry in index.files):
             raise BundleError(f"{self.file}: {INDEX}: a size or time in it is out of range")
-        if not NAME.fullmatch(index.campaign) or index.campaign in ("runs", "data"):
+        if not NAME.fullmatch(index.campaign) or index.campaign in ("runs", "data", "caches"):
             raise BundleError(f"{self.file}: {INDEX}: {index.campaign!r} is no name of a campaign")
         return index
 

@@ -25,6 +25,7 @@ from kdclimb.config import (
     ADAM_KINDS,
     AttentionConfig,
     BoostConfig,
+    CacheConfig,
     ConfigError,
     DataRef,
     KDConfig,
@@ -40,7 +41,7 @@ from kdclimb.config import (
     short_hash,
 )
 from kdclimb.imported import COMMAND, read_config
-from kdclimb.schedule import total_tokens
+from kdclimb.schedule import kd_tokens, total_tokens
 from kdclimb.text import list_files
 from kdclimb.tokenizer import GPT2_VOCAB_SIZE
 
@@ -129,6 +130,7 @@ class TrainSection:
     max_doc_tokens: int
     cooldown_frac: float
     lr_floor: float
+    lr_table: tuple[tuple[float, ...], ...]
     extension_frac: float
     windows: tuple[tuple[int, ...], ...]
     extension_windows: tuple[int, ...]
@@ -187,6 +189,8 @@ class NgramSection:
 @dataclass(frozen=True)
 class KDSection:
     exploratory: bool
+    cache: str
+    samples: int
     alpha: float
     alpha_schedule: str
     dynamic_norm: bool
@@ -199,6 +203,8 @@ class KDSection:
     token_gate: str
     token_gate_frac: float
     top_k: int
+    compile_teacher: bool
+    logits_mib: int
     tail: str
     stop_mode: str
     stop_margin: float
@@ -394,6 +400,12 @@ def _check_locks(campaign: Campaign) -> None:
         f"{LOCKED_VALIDATION_EVERY} ({lock.format('exploratory: true in both kd and teacher')})",
     )
     require(
+        campaign.validation.stop_at is None or (campaign.kd.exploratory and campaign.teacher.exploratory),
+        "validation.stop_at",
+        campaign.validation.stop_at,
+        f"null ({lock.format('exploratory: true in both kd and teacher')})",
+    )
+    require(
         campaign.budget.fraction <= LOCKED_BUDGET_FRACTION or campaign.teacher.exploratory,
         "budget.fraction",
         campaign.budget.fraction,
@@ -501,16 +513,32 @@ def expand(campaign: Campaign, decisions: dict, data: str = "unprepared") -> lis
     no longer holds expands to nothing. Runs that several arms share appear once for each. Teachers that no training
     makes are not among them: `teacher.imported` and `tables` name them.
     """
+    return _expand(campaign, decisions, data).runs
+
+
+def caches(campaign: Campaign, decisions: dict, data: str = "unprepared") -> dict[str, CacheConfig]:
+    """{id: the cache of teacher targets} of all that the runs of `expand` read. Pure."""
+    return _expand(campaign, decisions, data).caches
+
+
+@dataclass(frozen=True)
+class _Expanded:
+    runs: list[Run]
+    caches: dict[str, CacheConfig]
+
+
+def _expand(campaign: Campaign, decisions: dict, data: str) -> _Expanded:
     runs = _Expansion(campaign, data)
     arms = runs.ce() + runs.from_ngrams() + runs.teachers("probe", campaign.teacher.candidates)
     surviving = set(decisions.get("projected", {}).get("survivors", ()))
     arms += runs.teachers("teacher", [c for c in campaign.teacher.candidates if c.name in surviving])
     teacher = decisions.get("selected", {}).get("run_id")
     if teacher not in {*campaign.teacher.imported, *(run.run_id for run in arms if run.arm == "teacher")}:
-        return arms
+        return _Expanded(arms, runs.caches)
     arms += runs.isolates(teacher) + runs.screen(teacher)
     promoted = set(decisions.get("promoted", {}).get("points", ()))
-    return arms + runs.promoted(teacher, promoted)
+    arms += runs.promoted(teacher, promoted)
+    return _Expanded(arms, runs.caches)
 
 
 def tables(campaign: Campaign, data: str = "unprepared") -> list[Run]:
@@ -556,6 +584,7 @@ class _Expansion:
         train = campaign.train
         self.first, self.last = train.horizons[0], train.horizons[-1]
         self.data = DataRef(data, campaign.data.vocab_size)
+        self.caches: dict[str, CacheConfig] = {}  # of the runs made so far
 
     def student(self) -> ModelConfig:
         student, layers = self.campaign.student, self.campaign.student.num_layers
@@ -583,7 +612,7 @@ class _Expansion:
         shapes = {"num_layers": layers, "num_heads": shape.num_heads, "head_dim": shape.head_dim}
         return ModelConfig(vocab_size=self.data.vocab_size, **dataclasses.asdict(student) | counted | changes | shapes)
 
-    def run(self, arm, label, *, horizon, seed, model=None, stop_step=None, boost=None, kd=None) -> Run:
+    def run(self, arm, label, *, horizon, seed, model=None, stop_step=None, boost=None, kd=None, cached=False) -> Run:
         campaign, train = self.campaign, self.campaign.train
         schedule = ScheduleConfig(
             horizon=horizon,
@@ -594,6 +623,7 @@ class _Expansion:
             max_doc_tokens=train.max_doc_tokens,
             cooldown_frac=train.cooldown_frac,
             lr_floor=train.lr_floor,
+            lr_table=train.lr_table,
             extension_frac=train.extension_frac,
             windows=train.windows,
             extension_windows=train.extension_windows,
@@ -602,6 +632,8 @@ class _Expansion:
             head_dtype=train.head_dtype,
             lr_boost=boost,
         )
+        if cached and campaign.kd.cache != "none":
+            kd = self.from_cache(kd, schedule, seed)
         config = RunConfig(
             model=model or self.student(),
             optim=campaign.optim,
@@ -612,6 +644,27 @@ class _Expansion:
             **self.shared(),
         )
         return Run(arm, label, config)
+
+    def from_cache(self, kd: KDConfig, schedule: ScheduleConfig, seed: int) -> KDConfig:
+        """The same KD with its teacher's targets from a cache."""
+        section = self.campaign.kd
+        kind, sparse = section.cache, section.cache != "hidden"
+        cache = CacheConfig(
+            kind=kind,
+            entries={"hidden": 0, "top_k": kd.top_k, "samples": section.samples}[kind],
+            temperature=kd.temperature if sparse else 1.0,
+            teacher=kd.teacher,
+            seed=seed,
+            micro_batch_tokens=schedule.micro_batch_tokens,
+            max_doc_tokens=schedule.max_doc_tokens,
+            attention=self.campaign.attention,
+            micro_batches=kd_tokens(schedule, kd) // schedule.micro_batch_tokens,
+            **self.shared(),
+        )
+        if not cache.micro_batches:
+            return kd
+        self.caches[cache.cache_id] = cache
+        return dataclasses.replace(kd, cache=cache.cache_id)
 
     def shared(self) -> dict:
         """What every config has, a counted teacher's too."""
@@ -626,10 +679,10 @@ class _Expansion:
 
     def kd(self, teacher: str, temperature: float, *, random_teacher=False, infer_only=False) -> KDConfig:
         shared = {f.name for f in dataclasses.fields(KDConfig)} & {f.name for f in dataclasses.fields(KDSection)}
+        shared.remove("cache")  # an id in the one, a kind in the other
         values = {name: getattr(self.campaign.kd, name) for name in shared}
-        return KDConfig(
-            teacher=teacher, temperature=temperature, random_teacher=random_teacher, infer_only=infer_only, **values
-        )
+        values |= {"teacher": teacher, "cache": None, "temperature": temperature}
+        return KDConfig(random_teacher=random_teacher, infer_only=infer_only, **values)
 
     def ce(self) -> list[Run]:
         train = self.campaign.train
@@ -672,16 +725,14 @@ class _Expansion:
         }
         seed, stop = self.campaign.train.seeds[0], self.campaign.kd.isolate_steps
         return [
-            self.run("isolate", label, horizon=self.first, seed=seed, stop_step=stop, kd=kd)
+            self.run("isolate", label, horizon=self.first, seed=seed, stop_step=stop, kd=kd, cached=label == "CE + KD")
             for label, kd in modes.items()
         ]
 
     def screen(self, teacher: str) -> list[Run]:
-        seed = self.campaign.train.seeds[0]
+        options = {"horizon": self.first, "seed": self.campaign.train.seeds[0], "cached": True}
         return [
-            self.run(
-                "screen", p.name, horizon=self.first, seed=seed, boost=p.lr_boost, kd=self.kd(teacher, p.temperature)
-            )
+            self.run("screen", p.name, boost=p.lr_boost, kd=self.kd(teacher, p.temperature), **options)
             for p in grid_points(self.campaign.kd.grid)
         ]
 
@@ -692,7 +743,8 @@ class _Expansion:
             if p.name not in names:
                 continue
             config = self.kd(teacher, p.temperature)
-            kd += [self.run("kd", p.name, horizon=self.last, seed=s, boost=p.lr_boost, kd=config) for s in seeds]
+            options = {"horizon": self.last, "boost": p.lr_boost}
+            kd += [self.run("kd", p.name, seed=s, kd=config, cached=True, **options) for s in seeds]
             if p.lr_boost is not None:
                 boosted += [
                     self.run("control_boost", p.name, horizon=self.last, seed=s, boost=p.lr_boost) for s in seeds

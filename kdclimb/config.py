@@ -220,6 +220,7 @@ class ScheduleConfig:
     max_doc_tokens: int  # longer documents are cut
     cooldown_frac: float  # last part of the horizon, over which the LR falls linearly to lr_floor
     lr_floor: float  # fraction of the base LR
+    lr_table: tuple[tuple[float, ...], ...]  # (from this fraction of the horizon on, LR multiplier), ...; () for none
     extension_frac: float  # very last part of the horizon, spent at lr_floor; stages and cooldown end before it
     windows: tuple[tuple[int, ...], ...]  # (short, long) in tokens for each stage; () for whole documents
     extension_windows: tuple[int, ...]  # the same for the extension; () for the last stage's
@@ -252,6 +253,14 @@ class ScheduleConfig:
             self.mtp_weights,
             f"one list, or {stages} of one length, one for each stage in train.batch_tokens",
         )
+        starts = [row[0] for row in self.lr_table if len(row) == 2 and row[1] > 0]
+        ordered = len(starts) == len(self.lr_table) and starts == sorted(set(starts))
+        require(
+            not self.lr_table or (ordered and starts[0] == 0.0 and starts[-1] < 1.0),
+            "train.lr_table",
+            self.lr_table,
+            "[], or pairs [start, multiplier] from 0.0 on, ascending below 1, with multipliers above 0",
+        )
         for row in self.mtp_weights:
             require(row and row[0] == 1.0 and min(row) >= 0.0, "train.mtp_weights", row, "1.0 first, none below 0")
         for tokens in self.batch_tokens:
@@ -272,6 +281,7 @@ class ScheduleConfig:
 class ValidationConfig:
     every: int  # steps
     tokens: int
+    stop_at: float | None  # nats: a run ends at the second of two validations in a row at or below this; None for never
 
 
 @dataclass(frozen=True)
@@ -316,6 +326,37 @@ class NgramConfig:
 
 
 @dataclass(frozen=True)
+class CacheConfig:
+    """Everything that decides a cache of a teacher's targets: one pass over the micro-batches that a seed gives."""
+
+    kind: str  # hidden, top_k or samples
+    entries: int  # of a token: words of top_k, draws of samples; 0 for hidden
+    temperature: float  # of top_k and samples; 1 for hidden, which fits any
+    teacher: str  # run id
+    data: DataRef
+    validation: ValidationConfig  # on which the teacher must score what it scored
+    seed: int
+    micro_batch_tokens: int
+    max_doc_tokens: int
+    attention: AttentionConfig  # as in the runs: another backend rounds otherwise
+    micro_batches: int  # the first so many of a run
+    device: str
+    clock: str
+    modelled_tflops: float
+
+    def __post_init__(self) -> None:
+        key, most = {"hidden": ("", 0), "top_k": ("kd.top_k", 2**16), "samples": ("kd.samples", 255)}[self.kind]
+        allowed = f"1 to {most} with kd.cache: {self.kind}"
+        require(self.kind == "hidden" or 1 <= self.entries <= most, key, self.entries, allowed)
+        fits = self.kind == "hidden" or self.data.vocab_size <= 2**16
+        require(fits, "kd.cache", self.kind, "hidden or none with more than 65,536 words")
+
+    @property
+    def cache_id(self) -> str:
+        return f"{self.kind}-{short_hash(canonical_json(dataclasses.asdict(self)))}"
+
+
+@dataclass(frozen=True)
 class KDConfig:
     """Logits distillation of one run. total = (1 - alpha) * CE + alpha * norm * T^2 KL(teacher || student).
 
@@ -323,6 +364,7 @@ class KDConfig:
     """
 
     teacher: str  # run id of the teacher
+    cache: str | None  # id of the cache of its targets; None for the teacher itself in each step
     random_teacher: bool  # control: the teacher's shape with fresh random weights
     infer_only: bool  # control: teacher forward only, no KD loss
     alpha: float
@@ -338,6 +380,8 @@ class KDConfig:
     token_gate: str  # which of these tokens: none (all), teacher_better or student_entropy; see sparsify.py
     token_gate_frac: float  # of the tokens, for student_entropy
     top_k: int  # a neural teacher's likeliest words alone; 0 for its whole distribution
+    compile_teacher: bool  # on a GPU
+    logits_mib: int  # MiB for both sides' logits of a chunk; 0 for the loss's own choice
     tail: str  # of a sparse teacher: what its entries leave; see kernels/targets.py
     stop_mode: str  # val_margin, step or none
     stop_margin: float  # nats: KD stops when student val <= teacher val + margin

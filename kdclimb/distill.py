@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from kdclimb import schedule, sparsify
+from kdclimb.cache import TargetCache
 from kdclimb.config import KDConfig, ScheduleConfig, require
 from kdclimb.data import Batch
 from kdclimb.evaluate import teacher_target
-from kdclimb.kernels import DistillLoss, DynamicNorm, distill_loss
+from kdclimb.kernels import DenseTeacher, DistillLoss, DynamicNorm, SparseTeacher, distill_loss
 from kdclimb.model import GPT
 from kdclimb.ngram import NgramTable
 
@@ -22,11 +25,18 @@ class KDController:
     `stop_margin` of the teacher's ("val_margin"), so that a single noisy one decides nothing.
     """
 
-    def __init__(self, config: KDConfig, teacher: GPT | NgramTable, teacher_val: float, sched: ScheduleConfig):
+    def __init__(
+        self,
+        config: KDConfig,
+        teacher: GPT | NgramTable,
+        teacher_val: float,
+        sched: ScheduleConfig,
+        cache: TargetCache | None = None,
+    ):
         if isinstance(teacher, NgramTable):  # another temperature would need what the table leaves out
             require(config.temperature == 1.0, "temperature", config.temperature, "1 with an n-gram teacher")
             require(config.top_k == 0, "top_k", config.top_k, "0 with an n-gram teacher, whose entries are its table's")
-        self.config, self.teacher, self.sched = config, teacher, sched
+        self.config, self.teacher, self.sched, self.cache = config, teacher, sched, cache
         self.teacher_val = teacher_val if config.teacher_val is None else config.teacher_val
         self.norm = DynamicNorm(config.norm_floor, config.norm_max) if config.dynamic_norm else None
         self.kd_tokens = config.token_frac * schedule.total_tokens(sched)
@@ -52,16 +62,26 @@ class KDController:
             return self.config.alpha * schedule.base_lr(self.sched, step) / max(self.sched.batch_lr)
         return self.config.alpha
 
-    def loss(self, hidden: Tensor, student: GPT, batch: Batch, *, alpha: float, **options) -> DistillLoss:
+    def target(self, batch: Batch, place: int) -> DenseTeacher | SparseTeacher:
+        """The teacher's side for the micro-batch at this place of the run's stream."""
+        if self.cache is not None:
+            target = self.cache.target(place, batch.inputs.device.type)
+        else:
+            target = teacher_target(self.teacher, batch, self.config.tail)
+        if isinstance(target, DenseTeacher):
+            k = self.config.top_k
+            return sparsify.top_k(target, k, self.config.temperature, self.config.tail) if k else target
+        return dataclasses.replace(target, tail=self.config.tail)
+
+    def loss(self, hidden: Tensor, student: GPT, batch: Batch, place: int, *, alpha: float, **options) -> DistillLoss:
         """The training loss of a micro-batch that has a teacher; `options` are distill_loss's.
 
         With `infer_only` the teacher runs and its answer is dropped.
         """
-        target = teacher_target(self.teacher, batch, self.config.tail)
+        options |= {"logits_mib": self.config.logits_mib or None}
+        target = self.target(batch, place)
         if self.config.infer_only:
             return distill_loss(hidden, student.head_weight, None, batch.labels, **options)
-        if self.config.top_k:
-            target = sparsify.top_k(target, self.config.top_k, self.config.temperature, self.config.tail)
         mask = sparsify.gate(
             self.config.token_gate,
             self.config.token_gate_frac,

@@ -55,6 +55,7 @@ def run(
     threads: int,
     any_code: bool,
     last_attempt: bool,
+    cache: Path | None = None,
 ) -> int:
     """Train `config` into the folder `out`; returns the exit code.
 
@@ -79,7 +80,7 @@ def run(
         if folder.restore_complete(key, any_code=any_code):
             print(f"{config.run_id}: already complete; its artifacts are back", file=sys.stderr)
             return 0
-        return _Attempt(config, folder, dataset, teacher, key, threads).go(last_attempt)
+        return _Attempt(config, folder, dataset, teacher, cache, key, threads).go(last_attempt)
 
 
 def _refuse_other_config(out: Path, config: RunConfig) -> None:
@@ -105,8 +106,8 @@ def _key(config: RunConfig, dataset: Dataset, teacher: Path | None, threads: int
 class _Attempt:
     """One try at a run: trains, and writes down whatever comes of it."""
 
-    def __init__(self, config, folder: RunFolder, dataset, teacher, key, threads):
-        self.config, self.folder, self.dataset, self.teacher = config, folder, dataset, teacher
+    def __init__(self, config, folder: RunFolder, dataset, teacher, cache, key, threads):
+        self.config, self.folder, self.dataset, self.teacher, self.cache = config, folder, dataset, teacher, cache
         self.key, self.threads = key, threads
         self.backend = choose_backend(config.attention, config.device)
         self.started = datetime.now(UTC)
@@ -142,7 +143,7 @@ class _Attempt:
 
     def _train(self, stop: _StopRequests, progress: Progress) -> tuple[str, str | None]:
         try:
-            self.trainer = trainer = Trainer(self.config, self.dataset, self.teacher, self.backend)
+            self.trainer = trainer = Trainer(self.config, self.dataset, self.teacher, self.backend, self.cache)
         except Exception as error:
             if not _is_oom(error):
                 raise  # data or teacher don't fit: no result of this run
@@ -229,6 +230,7 @@ class _Attempt:
             "flops_per_token": flops,
             "teacher_flops_per_token": teacher_flops if trainer.kd else None,
             "kd_stop_step": trainer.kd.stop_step if trainer.kd else None,
+            "kd_cache_ms": trainer.cache.cost_ms if trainer.cache else None,
             "broken": trainer.broken,
         }
         if trainer.vals:
@@ -238,6 +240,7 @@ class _Attempt:
     def _command(self) -> str:
         out = self.folder.path
         teacher = f" --teacher {self.teacher}" if self.teacher else ""
+        teacher += f" --cache {self.cache}" if self.cache else ""
         return (
             f"PYTHONPATH=. python {ENTRY} --config {out}/config.json --out {out} "
             f"--manifest {self.dataset.folder}/manifest.json{teacher} --threads {self.threads}"

@@ -23,6 +23,17 @@ def total_tokens(schedule: ScheduleConfig, steps: int | None = None) -> int:
     return sum(batch_tokens(schedule, step) for step in range(schedule.horizon if steps is None else steps))
 
 
+def kd_tokens(schedule: ScheduleConfig, kd: KDConfig) -> int:
+    """Tokens of the first steps of the horizon, up to the last that may have KD; validations may stop it sooner."""
+    tokens, most = 0, kd.token_frac * total_tokens(schedule)
+    steps = kd.stop_frac * schedule.horizon if kd.stop_mode == "step" else schedule.horizon
+    for step in range(schedule.horizon):
+        if tokens >= most or step >= steps:
+            break
+        tokens += batch_tokens(schedule, step)
+    return tokens
+
+
 def windows(schedule: ScheduleConfig, step: int) -> tuple[tuple[int, int] | None, tuple[int, ...]]:
     """What `GPT.set_windows` takes: (short, long) of `step`, and the long windows of all steps so far.
 
@@ -51,8 +62,13 @@ def mtp_weights(schedule: ScheduleConfig, step: int) -> list[float]:
 
 
 def base_lr(schedule: ScheduleConfig, step: int) -> float:
-    """Stage multiplier, falling linearly to lr_floor over the last cooldown_frac of the scheduled steps."""
+    """Stage multiplier, falling linearly to lr_floor over the last cooldown_frac of the scheduled steps.
+
+    With an lr_table, that times the stage multiplier instead: its latest row's, without a cooldown or a floor.
+    """
     mult = schedule.batch_lr[stage(schedule, step)]
+    if schedule.lr_table:
+        return mult * [factor for start, factor in schedule.lr_table if step >= start * schedule.horizon][-1]
     left = max(0.0, 1.0 - step / schedule.scheduled)
     if left >= schedule.cooldown_frac:
         return mult

@@ -43,6 +43,22 @@ def top_k(target: DenseTeacher, k: int, temperature: float, tail: str) -> Sparse
     return SparseTeacher(ids, log_probs=log_probs, tail=tail)
 
 
+def sample(target: DenseTeacher, draws: int, temperature: float, generator: torch.Generator) -> SparseTeacher:
+    """So many draws from each token's distribution, as different words with their counts; unused entries count 0."""
+
+    def drawn(logits: Tensor, _) -> tuple[Tensor, Tensor]:
+        ids = torch.multinomial((logits / temperature).softmax(dim=1), draws, replacement=True, generator=generator)
+        ids = ids.sort(dim=1).values
+        new = torch.ones_like(ids, dtype=torch.bool)
+        new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        slot = new.cumsum(dim=1) - 1
+        counts = torch.zeros_like(ids).scatter_add_(1, slot, torch.ones_like(ids))
+        return torch.zeros_like(ids).scatter_(1, slot, ids).int(), counts
+
+    ids, counts = over_logits(target.hidden, target.head, target.softcap, drawn)
+    return SparseTeacher(ids, counts=counts)
+
+
 def label_log_probs(hidden: Tensor, head: Tensor, softcap: Softcap | None, labels: Tensor) -> Tensor:
     """(T,) log-probability of each label at temperature 1."""
 
@@ -85,5 +101,8 @@ def gate(
     ours = label_log_probs(hidden, head, softcap, labels)
     if isinstance(target, DenseTeacher):
         return label_log_probs(target.hidden, target.head, target.softcap, labels) > ours
-    held = torch.where(target.ids == labels[:, None], target.log_probs, -torch.inf)
+    given = target.log_probs
+    if given is None:
+        given = (target.counts / target.counts.sum(dim=1, keepdim=True)).log()
+    held = torch.where(target.ids == labels[:, None], given, -torch.inf)
     return held.amax(dim=1) > ours

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from kdclimb import schedule
 from kdclimb.artifacts import write_via
 from kdclimb.attention import to_device
+from kdclimb.cache import TargetCache
 from kdclimb.config import RunConfig
 from kdclimb.data import Dataset
 from kdclimb.distill import KDController
@@ -29,7 +30,7 @@ from kdclimb.kernels import DistillLoss, distill_loss
 from kdclimb.model import GPT
 from kdclimb.ngram import NgramTable
 from kdclimb.optim import Optimizers
-from kdclimb.teacher import checkpoint_facts, load_teacher, random_teacher
+from kdclimb.teacher import checkpoint_facts, load_teacher, random_teacher, read_description
 
 WARMUP_STEPS = 2
 CHECKPOINT_PAUSE = 10.0  # checkpoints lie so many times as far apart as one takes: seconds for a large model
@@ -81,7 +82,9 @@ class Paced:
 class Trainer:
     """State and steps of one run. `train()` goes from wherever the state stands to the end."""
 
-    def __init__(self, config: RunConfig, dataset: Dataset, teacher_folder: Path | None, backend: str):
+    def __init__(
+        self, config: RunConfig, dataset: Dataset, teacher_folder: Path | None, backend: str, cache: Path | None = None
+    ):
         self.config, self.dataset = config, dataset
         self.backend, self.device = backend, config.device
         on_gpu = config.device == "cuda"
@@ -94,15 +97,26 @@ class Trainer:
         self.kernel: str | None = None  # the loss's implementation, known once it ran
         self.teacher_folder = teacher_folder
         self.teacher = None if config.kd is None else self._load_teacher()
+        self.cache = None if config.kd is None else self._open_cache(cache)
         self.reset()
 
     def _load_teacher(self) -> tuple[GPT | NgramTable, float]:
-        options = {"device": self.device, **self.options}
+        compiled = self.options["compiled"] and self.config.kd.compile_teacher
+        options = {"device": self.device, **self.options, "compiled": compiled}
         if self.config.kd.random_teacher:
             return random_teacher(self.teacher_folder, self.config.seed, self.val_batches, **options)
         return load_teacher(
             self.teacher_folder, self.val_batches, checkpoint_facts(self.config, self.dataset), **options
         )
+
+    def _open_cache(self, folder: Path | None) -> TargetCache | None:
+        if self.config.kd.cache is None:
+            return None
+        if folder is None:
+            raise ValueError(f"kd.cache: {self.config.kd.cache} is asked for, but no --cache folder is given")
+        weights = read_description(self.teacher_folder)["weights_sha256"]
+        expected = {"teacher_sha256": weights, "data_hash": self.dataset.hash}
+        return TargetCache(folder, self.config, self.teacher[0], expected)
 
     def reset(self) -> None:
         """Everything at step 0, from the seed."""
@@ -111,7 +125,9 @@ class Trainer:
             self.model = GPT(self.config.model, **self.options)
         self.optimizers = Optimizers(self.model, self.config.optim, compiled=self.options["compiled"])
         self.stream = self.dataset.train_stream(self.config.seed, self.config.schedule.max_doc_tokens)
-        self.kd = None if self.teacher is None else KDController(self.config.kd, *self.teacher, self.config.schedule)
+        self.kd = None
+        if self.teacher is not None:
+            self.kd = KDController(self.config.kd, *self.teacher, self.config.schedule, self.cache)
         self.step, self.tokens, self.time_ms, self.broken, self.recompiles = 0, 0, 0.0, 0, 0
         self.steps: list[dict] = []
         self.vals: list[dict] = []
@@ -122,6 +138,8 @@ class Trainer:
             if self.kd and not with_teacher:
                 self.kd.stop_step = self.step
             for _ in range(max(WARMUP_STEPS, self.config.optim.adam.every)):  # so that Adam steps too
+                if with_teacher and self.kd.advance(self.step, self.tokens):
+                    break
                 self.train_step()
         self.reset()
 
@@ -147,6 +165,9 @@ class Trainer:
                 raise Diverged(f"loss_hard is {row['loss_hard']} at step {self.step}")
             if self.step % every == 0 or self.step == stop:
                 self.validate(progress)
+                if self.reached():
+                    progress.report(f"ends at step {self.step}: validation.stop_at is reached")
+                    break
                 if self.step < stop:
                     after_validation()
             if self.step < stop and should_stop():
@@ -172,7 +193,8 @@ class Trainer:
             hidden = self.model(batch.inputs, batch.documents)
             if micro < with_teacher:
                 share = measure_share and micro == 0
-                loss = self.kd.loss(hidden, self.model, batch, alpha=alpha, measure_share=share, **options)
+                place = self.tokens // sched.micro_batch_tokens + micro
+                loss = self.kd.loss(hidden, self.model, batch, place, alpha=alpha, measure_share=share, **options)
             else:
                 loss = distill_loss(hidden, self.model.head_weight, None, batch.labels, **options)
             (loss.total / num_micro).backward()
@@ -200,7 +222,7 @@ class Trainer:
             if with_teacher and not self.config.kd.infer_only:
                 row |= {"loss_soft": measured["soft"], "kd_norm": measured["norm_factor"]}
                 row |= {"kd_kept": measured["kept"]} if kept else {}
-                if measure_share:
+                if not math.isnan(measured["kd_share"]):  # not asked for, or 0 / 0 while the head is at zero
                     row["kd_share"] = measured["kd_share"]
         return row
 
@@ -219,6 +241,11 @@ class Trainer:
         )
         if self.kd is not None and (why := self.kd.observe(self.step, val_loss)):
             progress.report(f"KD stops at step {self.step}: {why}")
+
+    def reached(self) -> bool:
+        """Whether the last two validations, that at step 0 apart, are at or below validation.stop_at."""
+        goal, last = self.config.validation.stop_at, [row["val_loss"] for row in self.vals if row["step"]][-2:]
+        return goal is not None and len(last) == 2 and max(last) <= goal
 
     # ---- time
 
@@ -242,7 +269,10 @@ class Trainer:
     def flops_per_token(self) -> tuple[float, float]:
         """(student forward and backward, teacher forward). A document's mean context is taken as half its longest."""
         context = self.config.schedule.max_doc_tokens / 2
-        teacher = self.kd.teacher.flops_per_token(context, backward=False) if self.kd else 0.0
+        teacher = 0.0
+        if self.kd:
+            cache = self.cache
+            teacher = cache.flops_per_token() if cache else self.kd.teacher.flops_per_token(context, backward=False)
         return self.model.flops_per_token(context, backward=True), teacher
 
     # ---- resuming

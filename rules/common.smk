@@ -35,6 +35,7 @@ os.environ.update(
 
 wildcard_constraints:
     run=rf"(?!{PREFIX}|{NGRAM_PREFIX})[A-Za-z0-9.-]+",
+    cache=r"[a-z_]+-[0-9a-f]+",
     table=rf"{NGRAM_PREFIX}[A-Za-z0-9.-]+",
 
 
@@ -61,6 +62,15 @@ def asked_table(wildcards):
         if run.run_id == wildcards.table:
             return run.config
     raise WorkflowError(f"results/runs/{wildcards.table}: no teacher of campaign {CAMPAIGN.campaign} has this name")
+
+
+def asked_cache(wildcards):
+    """The cache of teacher targets that a folder name stands for."""
+    decisions = campaigns.read_decisions(Path(RESULTS))
+    known = campaigns.caches(CAMPAIGN, decisions, Path(DATA).name)
+    if wildcards.cache not in known:
+        raise WorkflowError(f"results/caches/{wildcards.cache}: no run of campaign {CAMPAIGN.campaign} reads it")
+    return known[wildcards.cache]
 
 
 def imported_runs(arms):
@@ -114,6 +124,11 @@ def code(rule):
 def teacher_checkpoints(wildcards):
     kd = asked_run(wildcards).kd
     return [] if kd is None else f"results/runs/{kd.teacher}/checkpoints"
+
+
+def target_cache(wildcards):
+    kd = asked_run(wildcards).kd
+    return [] if kd is None or kd.cache is None else f"results/caches/{kd.cache}"
 
 
 def train_code(wildcards):

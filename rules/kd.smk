@@ -27,6 +27,29 @@ rule ngram:
         " --manifest {input.manifest} --threads {threads}"
 
 
+# One pass of the teacher over the exact tokens of the runs of one horizon and seed, for all of them to read. A cache can
+# be large: when nothing trains from it any more, it may be deleted.
+rule kd_cache:
+    input:
+        manifest=f"{DATA}/manifest.json",
+        teacher=lambda wildcards: f"results/runs/{asked_cache(wildcards).teacher}/checkpoints",
+    output:
+        directory("results/caches/{cache}"),
+    log:
+        "results/caches/{cache}.log",
+    conda:
+        "../envs/kdclimb.yaml"
+    threads: workflow.resource_settings.cores or 1
+    resources:
+        gpu=int(CAMPAIGN.device == "cuda"),
+    params:
+        config=lambda wildcards: shlex.quote(canonical_json(dataclasses.asdict(asked_cache(wildcards)))),
+        code=code("kd_cache"),
+    shell:
+        "python workflow/scripts/kd_cache.py --config {params.config} --out {output} --manifest {input.manifest}"
+        " --teacher {input.teacher} --threads {threads} > {log} 2>&1"
+
+
 # What KD costs a step: CE alone, with the teacher's forward pass, with the KD loss.
 rule kd_isolates:
     input:

@@ -6,6 +6,7 @@ rule train:
     input:
         manifest=f"{DATA}/manifest.json",
         teacher=teacher_checkpoints,
+        cache=target_cache,
     output:
         config="results/runs/{run}/config.json",
         steps="results/runs/{run}/steps.csv",
@@ -31,8 +32,9 @@ rule train:
     params:
         config=lambda wildcards: shlex.quote(asked_run(wildcards).canonical()),
         teacher=lambda wildcards, input: (f"--teacher {input.teacher}" if input.teacher else ""),
+        cache=lambda wildcards, input: f"--cache {input.cache}" if input.cache else "",
         code=train_code,
     shell:
         "python workflow/scripts/train.py --config {params.config} --out $(dirname {output.status})"
-        " --manifest {input.manifest} {params.teacher} --threads {threads}"
+        " --manifest {input.manifest} {params.teacher} {params.cache} --threads {threads}"
         " --code {resources.code_policy} --attempt {resources.attempt} --attempts 2 {resources.mirror}"

@@ -91,7 +91,9 @@ def compare(
 
 
 def teacher_cost_ms(run: RunFolder, teacher: dict) -> float:
-    """Training time (ms) of the teacher that the run learns from; 0 for CE and for a random teacher."""
+    """Training time (ms) of the teacher that the run learns from, and the whole of what writing its targets took; 0 for
+    CE and for a random teacher.
+    """
     kd = run.config.kd
     if kd is None or kd.random_teacher:
         return 0.0
@@ -99,7 +101,7 @@ def teacher_cost_ms(run: RunFolder, teacher: dict) -> float:
         return teacher["counted_ms"][kd.teacher]
     if kd.teacher != teacher["run_id"]:
         raise AnalysisError(f"{run.folder / 'config.json'}: kd.teacher {kd.teacher} is not the selected teacher")
-    return teacher["train_time_ms"]
+    return teacher["train_time_ms"] + (run.summary["kd_cache_ms"] or 0.0)
 
 
 def _curve(run: RunFolder, teacher: dict) -> list[dict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from kdclimb.analysis.tables import RunFolder, write_csv
@@ -10,7 +11,7 @@ from kdclimb.config import RunConfig
 
 LEDGER_COLUMNS = tuple(
     "run_id mode teacher_params_m teacher_steps teacher_train_time_ms alpha temp kd_lr_boost student_steps best_val "
-    "final_val steps_to_target status artifact_dir".split()
+    "final_val steps_to_target status artifact_dir kd_cache_ms kd_cache_ms_amortised".split()
 )
 MODES = {
     "ce": "ce_baseline",
@@ -40,8 +41,16 @@ def ledger(runs: list[RunFolder], target: Path, out: Path) -> None:
     for run in sorted(runs, key=lambda run: list(MODES).index(run.arm)):
         distinct.setdefault(run.run_id, run)
     teachers = {run.run_id: run for run in runs if run.arm in TEACHER_ARMS and run.arm != "probe"}
-    rows = [_ledger_row(run, teachers, goal) for run in distinct.values()]
+    sharing = Counter(run.config.kd.cache for run in distinct.values() if run.config.kd)
+    rows = [_ledger_row(run, teachers, goal) | _cache_cells(run, sharing) for run in distinct.values()]
     write_csv(out, LEDGER_COLUMNS, [{k: NOT_APPLICABLE if v is None else v for k, v in row.items()} for row in rows])
+
+
+def _cache_cells(run: RunFolder, sharing: Counter) -> dict:
+    """What writing the cache of its teacher's targets took (ms), and that over all runs of the ledger that read it."""
+    cost = run.summary["kd_cache_ms"]
+    amortised = None if cost is None else cost / sharing[run.config.kd.cache]
+    return {"kd_cache_ms": cost, "kd_cache_ms_amortised": amortised}
 
 
 def _ledger_row(run: RunFolder, teachers: dict[str, RunFolder], target: dict) -> dict:

@@ -8,7 +8,7 @@ from kdclimb.artifacts import write_json
 TARGET = {"value": 5.0, "consecutive": 2, "source": "teacher_final_val", "reason": "of a test"}
 HEADER = (
     "run_id,mode,teacher_params_m,teacher_steps,teacher_train_time_ms,alpha,temp,kd_lr_boost,student_steps,best_val,"
-    "final_val,steps_to_target,status,artifact_dir"
+    "final_val,steps_to_target,status,artifact_dir,kd_cache_ms,kd_cache_ms_amortised"
 )
 VAL = [(0, 7.0), (25, 6.0), (50, 4.9), (75, 4.8), (100, 4.85)]
 

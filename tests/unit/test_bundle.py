@@ -8,6 +8,7 @@ import stat
 import tarfile
 import time
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 from configs import ROOT, merged
@@ -16,6 +17,8 @@ from test_analysis_synthetic import write_run
 from kdclimb import campaign
 from kdclimb.__main__ import main
 from kdclimb.artifacts import write_json
+from kdclimb.bundle import BundleError
+from kdclimb.bundle import _check_code as check_code
 from kdclimb.provenance import source_hash
 
 TINY = ["--configfile", str(ROOT / "tests/tiny.yaml")]
@@ -199,6 +202,13 @@ def test_runs_of_other_code_need_a_word(bundle, results, tmp_path, capsys):
     file = bundle()
     refused(capsys, file, tmp_path / "here", f"{RUN}: trained by other code", "--any-code")
     assert take(capsys, file, tmp_path / "here", "--any-code")[0] == 0
+
+
+def test_a_counted_teacher_goes_by_the_code_that_counts(tmp_path):
+    index, run_id = SimpleNamespace(kdclimb_commit="x"), "ngram-2-0123456789ab"
+    check_code(tmp_path, index, {run_id: {"code_hash": source_hash("workflow/scripts/ngram.py")}})
+    with pytest.raises(BundleError, match=run_id):
+        check_code(tmp_path, index, {run_id: {"code_hash": trainer()}})
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from configs import ROOT, merged
 from kdclimb import campaign
 from kdclimb.config import ConfigError, RunConfig, build
 
-SHIPPED = ["config/h100.yaml", "config/seed155.yaml", "tests/tiny.yaml"]
+SHIPPED = ["config/h100.yaml", "config/legacy_lr.yaml", "config/seed155.yaml", "tests/tiny.yaml"]
 
 
 def with_value(key: str, value) -> dict:
@@ -56,6 +56,9 @@ def with_value(key: str, value) -> dict:
         ("student.softcap", [23, 5], ["student.softcap"]),
         ("optim.muon.momentum", 1.0, ["optim.muon.momentum: 1.0", "exclusiveMaximum 1"]),
         ("optim.muon.lr_mults", [{"matrix": "mlp", "mult": 2.0}], ["optim.muon.lr_mults[0].matrix: 'mlp'", "down"]),
+        ("validation.stop_at", 4.0, ["validation.stop_at: 4.0", "null", "exploratory"]),
+        ("train.lr_table", [[0.1, 1.0]], ["train.lr_table", "from 0.0 on"]),
+        ("train.lr_table", [[0.0, 1.0], [0.5, 0.1], [0.4, 0.1]], ["train.lr_table", "ascending"]),
         ("budget.clock", "sundial", ["budget.clock: 'sundial'", "measured"]),
     ],
 )
@@ -72,6 +75,7 @@ def test_bad_config_names_key_value_and_what_is_allowed(key, value, said):
         ("budget.fraction", 0.2, ["teacher"]),
         ("kd.dynamic_norm", False, ["kd"]),
         ("validation.every", 30, ["kd", "teacher"]),
+        ("validation.stop_at", 4.0, ["kd", "teacher"]),
     ],
 )
 def test_exploratory_lifts_a_lock_and_the_campaign_says_so(key, value, arms):
@@ -112,7 +116,7 @@ def _each_field_changed(value, path=""):
 def _others(old):
     """Other values of the same type, of which some may be no valid ones."""
     if isinstance(old, tuple):
-        return [(*old[:-1], new) for new in _others(old[-1])] if old else [(2, 4)]
+        return [(*old[:-1], new) for new in _others(old[-1])] if old else [((0.0, 2.0),), (2, 4)]
     if isinstance(old, bool):
         return [not old]
     if old is None:

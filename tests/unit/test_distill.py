@@ -3,13 +3,17 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from kdclimb import distill
 from kdclimb.data import Dataset
 from kdclimb.distill import KDController
+from kdclimb.kernels import DenseTeacher, distill_loss
 from kdclimb.teacher import checkpoint_facts, load_teacher, random_teacher
+from kdclimb.train import Trainer
 
 OPTIONS = {"device": "cpu", "backend": "reference", "compute_dtype": torch.float32}
 
@@ -125,6 +129,65 @@ def test_alphas_schedules_by_hand(kd_config):
     kd = controller(kd_config, alpha=0.6, alpha_schedule="lr")  # its LR is 1, then 1.2, then falls to the floor of 0.1
     assert [kd.alpha(step, 0) for step in (0, 75)] == pytest.approx([0.6 / 1.2, 0.6 * 0.1 / 1.2])
     assert controller(kd_config, alpha=0.6, alpha_schedule="constant").alpha(70, 10**9) == 0.6
+
+
+def gradient(config, dataset, teacher_folder, order):
+    """Of the first step, whose two micro-batches are read in this order."""
+    trainer = Trainer(config, dataset, teacher_folder, "reference")
+    batches = [trainer.stream.next_batch(128, "cpu") for _ in order]
+    left = iter(order)
+    trainer.stream = SimpleNamespace(next_batch=lambda *_: batches[next(left)])
+    trainer.optimizers.step = lambda *_, **__: None
+    trainer.train_step()
+    return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+
+def test_micro_batches_without_a_teacher_weigh_as_much_as_those_with_one(dataset, teacher_folder, kd_config):
+    """Whichever of two has the teacher: on average half the dense KD gradient and half that of CE."""
+    plain = dataclasses.replace(kd_config.kd, dynamic_norm=False)  # a factor from the step before would lag
+    configs = {n: dataclasses.replace(kd_config, kd=dataclasses.replace(plain, micro_batches=n)) for n in (0, 1)}
+    first, second = (gradient(configs[1], dataset, teacher_folder, order) for order in ((0, 1), (1, 0)))
+    dense = gradient(configs[0], dataset, teacher_folder, (0, 1))
+    ce = gradient(dataclasses.replace(kd_config, kd=None), dataset, None, (0, 1))
+    torch.testing.assert_close((first + second) / 2, (dense + ce) / 2, rtol=1e-4, atol=1e-6)
+    assert (first - second).norm() > 0.05 * dense.norm() < (dense - ce).norm()
+
+
+def test_strided_tokens_have_the_dense_gradient_on_average():
+    """Over all offsets of the stride."""
+    torch.manual_seed(0)
+    head, labels = torch.randn(20, 6), torch.randint(20, (12,))
+    teacher = DenseTeacher(torch.randn(12, 5), torch.randn(20, 5), None)
+    hidden = torch.randn(12, 6, requires_grad=True)
+
+    def of(mask):
+        loss = distill_loss(hidden, head, teacher, labels, hard_weight=0.5, soft_weight=0.5, soft_mask=mask)
+        return torch.autograd.grad(loss.total, hidden)[0]
+
+    strided = [of(torch.arange(12) % 3 == offset) for offset in range(3)]
+    torch.testing.assert_close(torch.stack(strided).mean(dim=0), of(None))
+
+
+def test_a_given_chunk_size_changes_nothing_but_memory(tiny_runs, dataset, teacher_folder, kd_config):
+    rows = []
+    for mib in (0, 1):
+        config = dataclasses.replace(kd_config, kd=dataclasses.replace(kd_config.kd, logits_mib=mib))
+        with pytest.MonkeyPatch.context() as patch:
+            seen = []
+            patch.setattr(distill, "distill_loss", lambda *a, seen=seen, **o: seen.append(o) or distill_loss(*a, **o))
+            rows.append(Trainer(config, dataset, teacher_folder, "reference").train_step())
+        assert {options["logits_mib"] for options in seen} == {mib or None}
+    assert rows[0]["loss_soft"] == pytest.approx(rows[1]["loss_soft"], rel=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_teacher_is_compiled_unless_told_otherwise(compiled, dataset, teacher_folder, kd_config, monkeypatch):
+    config = dataclasses.replace(kd_config, kd=dataclasses.replace(kd_config.kd, compile_teacher=compiled))
+    trainer = Trainer(config, dataset, teacher_folder, "reference")
+    trainer.options["compiled"], asked = True, []
+    monkeypatch.setattr("kdclimb.train.load_teacher", lambda *_, **options: asked.append(options["compiled"]))
+    trainer._load_teacher()
+    assert asked == [compiled]
 
 
 VAL = 5.0  # nats: the teacher's

@@ -95,8 +95,9 @@ def test_rows_of_the_readme(key, row):
 
 def test_locks_that_the_readme_names_are_the_ones_that_hold():
     locked = [key.name for key in explain.all_keys() if "lock" in key.spec]
-    assert locked == ["validation.every", "budget.fraction", "kd.dynamic_norm"]
-    for name, other in zip(locked, ({"every": 30}, {"fraction": 0.2}, {"dynamic_norm": False})):
+    assert locked == ["validation.every", "validation.stop_at", "budget.fraction", "kd.dynamic_norm"]
+    others = {"every": 30}, {"stop_at": 4.0}, {"fraction": 0.2}, {"dynamic_norm": False}
+    for name, other in zip(locked, others, strict=True):
         with pytest.raises(ConfigError, match=rf"{name}.*locked"):
             campaign.load(merged({name.split(".")[0]: other}), ROOT)
         assert f"- `{name}`: " in explain.readme()

@@ -193,6 +193,19 @@ def test_lr_schedule_by_hand():
     assert schedule.base_lr(sched, 100) == pytest.approx(0.1)
 
 
+def test_the_legacy_table_is_a_schedule_at_any_horizon():
+    config = campaign.load(merged("config/legacy_lr.yaml"), ROOT)
+    sched = next(r.config.schedule for r in campaign.expand(config, {}) if r.arm == "ce")
+    steps = {0: 1e-3, 2000: 5e-4, 2600: 2e-4, 3200: 1e-4, 3600: 7e-5, 4200: 3e-5, 5200: 1e-5, 6000: 8e-6, 7000: 7e-6}
+    steps |= {8000: 5e-6, 9000: 3e-6, 10500: 1e-6}
+    whole = dataclasses.replace(sched, horizon=12000)
+    for before, (step, lr) in zip([1e-3, *steps.values()], steps.items(), strict=False):
+        assert 1e-3 * schedule.base_lr(whole, step) == pytest.approx(lr)
+        assert not step or 1e-3 * schedule.base_lr(whole, step - 1) == pytest.approx(before)
+    short = dataclasses.replace(sched, horizon=120, batch_lr=(1.5,))
+    assert [schedule.base_lr(short, step) for step in (0, 19, 20, 119)] == pytest.approx([1.5, 1.5, 0.75, 0.0015])
+
+
 def test_the_extension_is_spent_at_the_floor_and_the_rest_of_the_schedule_ends_before_it():
     config = campaign.load(merged("config/h100.yaml", {"device": "cpu"}), ROOT)
     sched = next(

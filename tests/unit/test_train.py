@@ -14,9 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from configs import ROOT
+from configs import ROOT, merged
 from safetensors.torch import load_file
 
+from kdclimb import campaign
 from kdclimb import model as model_module
 from kdclimb import optim as optim_module
 from kdclimb import run as run_module
@@ -24,10 +25,12 @@ from kdclimb import train as train_module
 from kdclimb.artifacts import ARTIFACTS, STEP_COLUMNS, SUMMARY_COLUMNS, VAL_COLUMNS, RunFolder
 from kdclimb.attention import Documents
 from kdclimb.config import ConfigError
+from kdclimb.count_ngrams import make
 from kdclimb.data import Dataset
 from kdclimb.model import compile_layer
 from kdclimb.run import EXIT_INTERRUPTED
 from kdclimb.train import SHARE_EVERY, Trainer, compiled_graphs
+from kdclimb.write_cache import write
 
 
 def pick(runs, arm, seed=0):
@@ -95,6 +98,15 @@ def test_kd_is_alive_and_its_columns_are_filled_while_it_is(kd_run):
     assert all(float(r["teacher_kl"]) >= 0 for r in vals)
     stop = rows(kd_run / "summary.csv")[0]["kd_stop_step"]
     assert len(active) == (int(stop) if stop else 75)
+
+
+def test_a_head_at_zero_has_no_share_and_the_next_ones_have(tiny_runs, manifest, teacher_folder):
+    config = pick(tiny_runs, "kd")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, untie_frac=0.0))
+    trainer = Trainer(config, Dataset(manifest), teacher_folder, "reference")
+    steps = [trainer.train_step() for _ in range(SHARE_EVERY + 1)]
+    assert [i for i, row in enumerate(steps) if "kd_share" in row] == [SHARE_EVERY]
+    assert 0.05 < steps[SHARE_EVERY]["kd_share"] < 0.95
 
 
 def test_ce_leaves_kd_cells_empty_and_costs_no_teacher_time(tiny_runs, train, kd_run, tmp_path):
@@ -190,6 +202,19 @@ def test_changed_code_trains_again_unless_frozen(
     monkeypatch.setattr(Trainer, "train_step", lambda self, **o: trained.append(1) or step(self, **o))
     assert train(pick(tiny_runs, "kd"), tmp_path, teacher_folder, any_code=frozen)[0] == 0
     assert bool(trained) is not frozen
+
+
+def test_a_run_ends_where_two_validations_reached_its_goal(tiny_runs, train, tmp_path):
+    config = pick(tiny_runs, "ce")
+    longer = dataclasses.replace(config.schedule, horizon=100, stop_step=100)
+    goal = dataclasses.replace(config.validation, every=10, stop_at=4.6)
+    code, out = train(dataclasses.replace(config, schedule=longer, validation=goal), tmp_path)
+    vals = [(int(row["step"]), float(row["val_loss"])) for row in rows(out / "val.csv")]
+    assert code == 0 and json.loads((out / "status.json").read_text())["status"] == "ok"
+    assert [loss <= 4.6 for _, loss in vals] == [False] * (len(vals) - 2) + [True, True] and vals[-1][0] < 100
+    assert (out / "checkpoints/model.safetensors").is_file() and rows(out / "summary.csv")[0]["steps"] == str(
+        vals[-1][0]
+    )
 
 
 def test_divergence_is_a_result_with_its_reason(tiny_runs, train, tmp_path):
@@ -327,19 +352,47 @@ def test_a_failure_keeps_nothing_of_an_earlier_result(kd_run, tiny_runs, train, 
     assert list((out / "checkpoints").iterdir()) == [] and rows(out / "steps.csv") == []
 
 
+@pytest.fixture
+def taught(tiny_runs, manifest, teacher_folder, tmp_path):
+    """taught(source) -> (KD config, teacher folder, cache folder) with the teacher itself, its cache, or n-grams."""
+
+    def of(source):
+        changes = {"cache": "hidden"} if source == "cache" else {"ngram": {"orders": [3], "token_frac": [1.0]}}
+        config = campaign.load(merged("tests/tiny.yaml", {"kd": {} if source == "teacher" else changes}), ROOT)
+        teacher, data = pick(tiny_runs, "teacher"), manifest.parent.name
+        (label,) = (run.label for run in tiny_runs if run.arm == "teacher")
+        decisions = {"projected": {"survivors": [label]}, "selected": {"run_id": teacher.run_id}}
+        decisions["promoted"] = {"points": [campaign.grid_points(config.kd.grid)[0].name]}
+        if source == "ngram":
+            (table,) = campaign.tables(config, data)
+            make(table.config, tmp_path / table.run_id, manifest, threads=1)
+            runs = campaign.expand(config, decisions, data)
+            return pick(runs, "ngram"), tmp_path / table.run_id / "checkpoints", None
+        run = pick(campaign.expand(config, decisions, data), "kd")
+        if source == "teacher":
+            return run, teacher_folder, None
+        cache = campaign.caches(config, decisions, data)[run.kd.cache]
+        write(cache, tmp_path / cache.cache_id, manifest, teacher_folder, threads=1)
+        return run, teacher_folder, tmp_path / cache.cache_id
+
+    return of
+
+
 @pytest.mark.slow
-def test_no_graph_is_made_inside_the_clock(tiny_runs, manifest, teacher_folder, monkeypatch, cpu_varlen):
+@pytest.mark.parametrize("source", ["teacher", "cache", "ngram"])
+def test_no_graph_is_made_inside_the_clock(source, taught, manifest, monkeypatch, cpu_varlen):
     """What a GPU compiles, here by a quick backend: over a reset, all stages, the untying and the end of KD."""
+    config, teacher_folder, cache = taught(source)
+    torch._dynamo.reset()  # else the graphs of the source before are taken
     quick = compile_layer("aot_eager")
     monkeypatch.setattr(model_module, "compile_layer", lambda: quick)
     options = {"fullgraph": True, "dynamic": False, "backend": "aot_eager"}
     monkeypatch.setattr(optim_module, "_compiled", functools.cache(lambda f: torch.compile(f, **options)))
     monkeypatch.setattr(Documents, "of", Documents.padded)
-    config = pick(tiny_runs, "kd")
     config = dataclasses.replace(
         config, kd=dataclasses.replace(config.kd, stop_margin=9.0, stop_min_step=50, stop_consecutive=1)
     )
-    trainer = Trainer(config, Dataset(manifest), teacher_folder, "torch_varlen")
+    trainer = Trainer(config, Dataset(manifest), teacher_folder, "torch_varlen", cache)
     before = compiled_graphs()
     trainer.options["compiled"] = True
     trainer.teacher = trainer._load_teacher()

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -15,8 +16,8 @@ pytestmark = pytest.mark.slow
 
 LEDGER = (
     "run_id mode teacher_params_m teacher_steps teacher_train_time_ms alpha temp kd_lr_boost student_steps best_val "
-    "final_val steps_to_target status artifact_dir"
-).split()  # the seed's columns
+    "final_val steps_to_target status artifact_dir kd_cache_ms kd_cache_ms_amortised"
+).split()  # the seed's columns, and two on caches
 
 
 def rows(path):
@@ -117,6 +118,22 @@ def test_kd_from_ngrams_is_an_arm_beside_the_sweep(changed):
     ledger = {row["run_id"]: row for row in rows(changed.path / "results/tiny/tables/ledger.csv")}
     assert ledger[table.name]["mode"] == "teacher_ngram"
     assert {ledger[name]["teacher_train_time_ms"] for name in new} == {repr(cost)}
+    assert "Nothing to be done" in changed.run("-n", *arguments)
+
+
+def test_kd_from_a_cache_that_its_runs_share(changed):
+    changed.run(*(arguments := overlay(changed, "cache", kd={"cache": "hidden"})))
+    caches = {folder.name for folder in changed.path.glob("results/caches/*/")}
+    ledger = rows(changed.path / "results/tiny/tables/ledger.csv")
+    cells = {mode: [row for row in ledger if row["mode"] == mode] for mode in ("kd_screen", "kd_full", "kd_isolate")}
+    assert all(row["status"] == "ok" for row in ledger)
+    assert len(caches) == 3  # the first horizon's, and that of each seed at the last
+    for row in cells["kd_screen"]:  # two points and the isolate share one
+        assert float(row["kd_cache_ms_amortised"]) == pytest.approx(float(row["kd_cache_ms"]) / 3)
+    assert all(row["kd_cache_ms"] == row["kd_cache_ms_amortised"] != "-" for row in cells["kd_full"])
+    assert sorted(row["kd_cache_ms"] == "-" for row in cells["kd_isolate"]) == [False, True, True]
+    assert "Nothing to be done" in changed.run("-n", *arguments)
+    shutil.rmtree(changed.path / "results/caches")  # nothing trains from them any more
     assert "Nothing to be done" in changed.run("-n", *arguments)
 
 

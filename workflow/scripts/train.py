@@ -14,6 +14,7 @@ parser.add_argument("--config", required=True, help="the run's config: a JSON fi
 parser.add_argument("--out", type=Path, required=True, help="results/runs/<run_id>")
 parser.add_argument("--manifest", type=Path, required=True, help="manifest.json of the prepared data")
 parser.add_argument("--teacher", type=Path, help="checkpoints/ folder of the teacher's run")
+parser.add_argument("--cache", type=Path, help="folder of the cache of the teacher's targets, with kd.cache")
 parser.add_argument("--threads", type=int, required=True)
 parser.add_argument("--code", choices=("track", "frozen"), default="track", help="frozen: keep a run of any code")
 parser.add_argument("--attempt", type=int, default=1, help="which attempt this is, of --attempts")
@@ -32,6 +33,7 @@ if __name__ == "__main__":
             threads=args.threads,
             any_code=args.code == "frozen",
             last_attempt=args.attempt >= args.attempts,
+            cache=args.cache,
         )
     except ValueError as error:
         sys.exit(f"train: {error}")

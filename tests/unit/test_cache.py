@@ -1,0 +1,273 @@
+"""Caches of a teacher's targets: the same KD as with the teacher itself, and refused where they don't fit."""
+
+import dataclasses
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from configs import ROOT, merged
+
+from kdclimb import campaign, write_cache
+from kdclimb.cache import DESCRIPTION, TargetCache
+from kdclimb.config import ConfigError
+from kdclimb.data import Dataset
+from kdclimb.kernels import DenseTeacher, SparseTeacher, distill_loss
+from kdclimb.sparsify import sample
+from kdclimb.teacher import read_description
+from kdclimb.train import Trainer
+
+SHORT = {"token_frac": 0.1, "cache": "hidden", "top_k": 384, "samples": 200}
+
+
+@pytest.fixture(scope="module")
+def expanded(manifest, tiny_runs):
+    """cached(kind, **kd) -> (the screened run with KD from a cache, the cache's config)."""
+    selected = next(run.run_id for run in tiny_runs if run.arm == "teacher")
+    name = next(run.label for run in tiny_runs if run.arm == "teacher")
+    decisions = {"projected": {"survivors": [name]}, "selected": {"run_id": selected}}
+
+    def cached(kind, **kd):
+        kd = SHORT | {"cache": kind} | kd
+        if kind == "hidden":
+            kd["top_k"] = 0
+        config = campaign.load(merged("tests/tiny.yaml", {"kd": kd}), ROOT)
+        data = manifest.parent.name
+        run = next(run for run in campaign.expand(config, decisions, data) if run.arm == "screen")
+        return run.config, campaign.caches(config, decisions, data)[run.config.kd.cache]
+
+    return cached
+
+
+@pytest.fixture(scope="module")
+def caches(expanded, manifest, teacher_folder, tmp_path_factory):
+    """{kind: (run config, cache folder)}."""
+    made = {}
+    for kind in ("hidden", "top_k", "samples"):
+        run, cache = expanded(kind)
+        folder = tmp_path_factory.mktemp("caches") / cache.cache_id
+        write_cache.write(cache, folder, manifest, teacher_folder, threads=1)
+        made[kind] = run, folder
+    return made
+
+
+@pytest.fixture(scope="module")
+def dataset(manifest):
+    return Dataset(manifest)
+
+
+def first_steps(trainer, steps=4):
+    return [trainer.train_step() for _ in range(steps)]
+
+
+@pytest.fixture
+def trainers(caches, dataset, teacher_folder):
+    """both(kind) -> a trainer with the cache and one with the teacher itself."""
+
+    def both(kind):
+        run, folder = caches[kind]
+        online = dataclasses.replace(run, kd=dataclasses.replace(run.kd, cache=None))
+        return Trainer(run, dataset, teacher_folder, "reference", folder), Trainer(
+            online, dataset, teacher_folder, "reference"
+        )
+
+    return both
+
+
+def test_cached_hidden_states_are_those_of_the_teacher_to_bf16(trainers):
+    cached, online = trainers("hidden")
+    stream = cached.dataset.train_stream(0, 64)
+    for place in range(cached.cache.config.micro_batches):
+        target, truth = cached.cache.target(place, "cpu"), online.kd.target(stream.next_batch(128, "cpu"), place)
+        assert isinstance(target, DenseTeacher) and target.hidden.dtype == torch.float32
+        assert torch.equal(target.hidden, truth.hidden.bfloat16().float())
+
+
+@pytest.mark.parametrize("kind", ["hidden", "top_k"])
+def test_kd_from_a_cache_is_kd_from_the_teacher_to_rounding(kind, trainers):
+    cached, online = (first_steps(trainer) for trainer in trainers(kind))
+    for name, rel in {"loss_hard": 5e-4, "loss_soft": 2e-3, "grad_norm": 2e-3}.items():
+        assert [row[name] for row in cached] == pytest.approx([row[name] for row in online], rel=rel), name
+
+
+def test_cached_samples_are_unbiased(trainers):
+    """The mean gradient over many caches' worth of draws is the exact one, and one draw's is not."""
+    cached, _ = trainers("samples")
+    assert cached.cache.target(0, "cpu").counts.sum(dim=1).eq(200).all()
+    torch.manual_seed(0)
+    teacher = DenseTeacher(torch.randn(6, 5), torch.randn(20, 5), None)
+    generator = torch.Generator().manual_seed(0)
+    hidden, head, labels = torch.randn(6, 4), torch.randn(20, 4), torch.zeros(6, dtype=torch.int64)
+
+    def gradient(target):
+        leaf = hidden.clone().requires_grad_()
+        distill_loss(leaf, head, target, labels, hard_weight=0.0, soft_weight=1.0, temperature=2.0).total.backward()
+        return leaf.grad
+
+    exact = gradient(teacher)
+    draws = torch.stack([gradient(sample(teacher, 10, 2.0, generator)) for _ in range(600)])
+    deviation = (draws.mean(dim=0) - exact).norm() / exact.norm()
+    one = (draws - exact).flatten(1).norm(dim=1).mean() / exact.norm()
+    assert deviation < 3 * one / 600**0.5 < one / 5
+
+
+def test_a_run_with_a_cache_resumes_and_stops_as_one_without(trainers):
+    cached, _ = trainers("hidden")
+    silent = SimpleNamespace(update=lambda n: None, report=lambda text: None)
+    cached.train(lambda: None, lambda: False, silent)
+    active = [row["step"] for row in cached.steps if row["kd_active"]]
+    tokens = 0.1 * sum([25 * 256, 25 * 512])
+    assert len(active) == -(-tokens // 256) and cached.kd.stop_step == len(active)
+    assert cached.cache.config.micro_batches == len(active) * 2
+
+
+def test_a_cache_of_one_step_is_enough_to_warm_up(expanded, manifest, dataset, teacher_folder, tmp_path):
+    run, cache = expanded("hidden", token_frac=0.001)
+    assert cache.micro_batches == 2
+    write_cache.write(cache, tmp_path / cache.cache_id, manifest, teacher_folder, threads=1)
+    trainer = Trainer(run, dataset, teacher_folder, "reference", tmp_path / cache.cache_id)
+    trainer.warm_up()
+    assert [row["kd_active"] for row in first_steps(trainer, 1)] == [1] and trainer.kd.advance(1, 256)
+
+
+def test_micro_batches_are_read_in_any_order(caches, trainers):
+    cache = trainers("top_k")[0].cache
+    forth = [cache.target(place, "cpu").ids for place in range(4)]
+    back = [cache.target(place, "cpu").ids for place in (3, 1, 0, 2)]
+    assert all(torch.equal(back[i], forth[place]) for i, place in enumerate((3, 1, 0, 2)))
+    with pytest.raises(ValueError, match="is asked"):
+        cache.target(cache.config.micro_batches, "cpu")
+
+
+def test_the_modelled_clock_charges_what_is_left_of_the_teacher(trainers):
+    for kind, part in (("hidden", "head"), ("top_k", "nothing")):
+        cached, online = trainers(kind)
+        config = online.kd.teacher.config
+        left = 2 * config.dim * config.vocab_size if part == "head" else 0
+        assert cached.flops_per_token()[1] == left < online.flops_per_token()[1]
+
+
+@pytest.fixture
+def copied(caches, tmp_path):
+    """(run config, a copy of the hidden states' cache, free to change)."""
+    run, folder = caches["hidden"]
+    return run, shutil.copytree(folder, tmp_path / folder.name)
+
+
+@pytest.fixture
+def opened(dataset, teacher_folder):
+    def open_(run, folder):
+        online = dataclasses.replace(run, kd=dataclasses.replace(run.kd, cache=None))
+        teacher = Trainer(online, dataset, teacher_folder, "reference").teacher[0]
+        expected = {"teacher_sha256": read_description(teacher_folder)["weights_sha256"], "data_hash": dataset.hash}
+        return TargetCache(folder, run, teacher, expected)
+
+    return open_
+
+
+def test_a_truncated_cache_is_refused(copied, opened):
+    run, folder = copied
+    opened(run, folder)
+    file = folder / "hidden.bin"
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(ValueError, match="truncated"):
+        opened(run, folder)
+    (folder / DESCRIPTION).unlink()
+    with pytest.raises(ValueError, match="no whole cache"):
+        opened(run, folder)
+
+
+def test_a_damaged_cache_is_refused_where_it_is_read(copied, opened):
+    run, folder = copied
+    raw = bytearray((folder / "hidden.bin").read_bytes())
+    raw[-1] ^= 1
+    (folder / "hidden.bin").write_bytes(raw)
+    cache = opened(run, folder)
+    cache.target(0, "cpu")
+    with pytest.raises(ValueError, match="is damaged"):
+        cache.target(cache.config.micro_batches - 1, "cpu")
+
+
+@pytest.mark.parametrize("key", ["teacher_sha256", "data_hash"])
+def test_a_cache_of_another_teacher_or_other_data_is_stale(key, copied, opened):
+    run, folder = copied
+    description = json.loads((folder / DESCRIPTION).read_text()) | {key: "x"}
+    (folder / DESCRIPTION).write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=f"stale: {key}"):
+        opened(run, folder)
+
+
+def test_a_cache_for_another_run_is_stale(caches, copied, opened):
+    run, folder = copied
+    with pytest.raises(ValueError, match="stale: seed"):
+        opened(dataclasses.replace(run, seed=1), folder)
+    sparse, its_folder = caches["top_k"]
+    warmer = dataclasses.replace(sparse, kd=dataclasses.replace(sparse.kd, temperature=3.0))
+    with pytest.raises(ValueError, match="stale: temperature"):
+        opened(warmer, its_folder)
+    with pytest.raises(ValueError, match="stale: id"):
+        opened(sparse, folder)
+
+
+def test_a_run_that_needs_a_cache_says_so(caches, train, teacher_folder, tmp_path):
+    run, _ = caches["hidden"]
+    with pytest.raises(ValueError, match="no --cache"):
+        train(run, tmp_path, teacher_folder)
+    with pytest.raises(ValueError, match="no whole cache"):
+        train(run, tmp_path, teacher_folder, cache=tmp_path / "none")
+
+
+def test_cost_and_size_are_told(caches, expanded, train, teacher_folder, tmp_path, capsys):
+    run, folder = caches["hidden"]
+    code, out = train(run, tmp_path, teacher_folder, cache=folder)
+    columns, row = (out / "summary.csv").read_text().splitlines()
+    cells = dict(zip(columns.split(","), row.split(","), strict=True))
+    cost = json.loads((folder / DESCRIPTION).read_text())["cost_ms"]
+    assert code == 0 and float(cells["kd_cache_ms"]) == cost > 0
+    _, cache = expanded("hidden")
+    capsys.readouterr()
+    write_cache.announce(cache, 16, tmp_path)
+    tokens = cache.micro_batches * 128
+    assert f"{tokens * 32 / 1e9:.3f} GB at 32 bytes a token" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(expanded, tmp_path, monkeypatch):
+    monkeypatch.setattr(write_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30 + 1000))
+    with pytest.raises(ConfigError, match="kd.cache: hidden takes"):
+        write_cache.announce(expanded("hidden")[1], 16, tmp_path)
+
+
+def test_runs_of_a_horizon_and_seed_share_a_cache_of_hidden_states(tiny_runs, manifest):
+    config = campaign.load(merged("tests/tiny.yaml", {"kd": {"cache": "hidden"}}), ROOT)
+    (teacher,) = (run for run in tiny_runs if run.arm == "teacher")
+    points = [point.name for point in campaign.grid_points(config.kd.grid)]
+    decisions = {"projected": {"survivors": [teacher.label]}, "selected": {"run_id": teacher.run_id}}
+    decisions["promoted"] = {"points": points}
+    runs = campaign.expand(config, decisions, manifest.parent.name)
+    reading = {run.config.kd.cache for run in runs if run.config.kd and run.config.kd.cache}
+    assert reading == set(campaign.caches(config, decisions, manifest.parent.name)) and len(reading) == 3
+    for run in runs:
+        kd = run.config.kd
+        online = kd is None or kd.infer_only or kd.random_teacher
+        assert online == (kd is None or kd.cache is None)
+    assert not campaign.caches(campaign.load(merged("tests/tiny.yaml"), ROOT), decisions, manifest.parent.name)
+
+
+@pytest.mark.parametrize(
+    ("kd", "said"),
+    [({"cache": "top_k", "top_k": 0}, "kd.top_k: 0"), ({"cache": "samples", "samples": 256}, "kd.samples: 256")],
+)
+def test_wrong_caches_are_refused(kd, said, expanded):
+    with pytest.raises(ConfigError, match=said):
+        expanded(kd.pop("cache"), **kd)
+
+
+def test_sampled_targets_are_counts_of_different_words():
+    torch.manual_seed(0)
+    teacher = DenseTeacher(torch.randn(50, 5), torch.randn(20, 5), None)
+    target = sample(teacher, 30, 1.0, torch.Generator().manual_seed(0))
+    assert isinstance(target, SparseTeacher) and target.counts.sum(dim=1).eq(30).all()
+    for ids, counts in zip(target.ids.tolist(), target.counts.tolist(), strict=True):
+        used = [word for word, count in zip(ids, counts, strict=True) if count]
+        assert len(used) == len(set(used))

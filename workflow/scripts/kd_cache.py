@@ -1,0 +1,23 @@
+"""Write the cache of a teacher's targets for a run's exact tokens."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from kdclimb.config import CacheConfig, build
+from kdclimb.write_cache import write
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--config", required=True, help="the cache's config, as JSON")
+parser.add_argument("--out", type=Path, required=True, help="results/caches/<cache id>")
+parser.add_argument("--manifest", type=Path, required=True, help="manifest.json of the prepared data")
+parser.add_argument("--teacher", type=Path, required=True, help="checkpoints/ folder of the teacher's run")
+parser.add_argument("--threads", type=int, required=True)
+
+if __name__ == "__main__":
+    args = parser.parse_args()
+    try:
+        write(build(CacheConfig, json.loads(args.config)), args.out, args.manifest, args.teacher, args.threads)
+    except ValueError as error:
+        sys.exit(f"kd_cache: {error}")
