@@ -1,8 +1,8 @@
-"""Statistics of paired seeds: how much sooner one arm is than another, how sure that is, and what it would take to know.
+"""Statistics of paired seeds: how much sooner one arm is than another, how sure that is, and what would settle it.
 
-A pair is two runs that differ in their arm alone. What is judged is the logarithm of the ratio of the two figures (steps,
-tokens or time to a target): seeds shift both arms alike, and the shift drops out of the ratio. Below, `logs` are such
-logarithms, (..., n) for n pairs, so that many campaigns can be judged at once; negative is sooner than the other arm.
+A pair is two runs that differ in their arm alone. What is judged is the logarithm of the ratio of the two figures
+(steps, tokens or time to a target): seeds shift both arms alike, and the shift drops out of the ratio. Below, `logs`
+are such logarithms, (..., n) for n pairs, so that many campaigns can be judged at once; negative is sooner.
 
 Without a censored pair: Student's t on the logs. At three to five seeds a bootstrap has too few resamples to hold its
 level, and t is exact where the logs are normal. With one: order statistics of the median, and the sign test, which
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from scipy import optimize, stats
@@ -32,23 +32,37 @@ class Rules:
     power: float  # with which an effect counts as one that could have been seen
 
 
+Seen = tuple[float, float]  # a figure lies between these; they are equal where it was seen
+FAILED: Seen = (math.inf, math.inf)  # a run that failed is later than anything
+UNKNOWN: Seen = (0.0, math.inf)
+
+
+def beyond(limit: float) -> Seen:
+    """Not reached by `limit`: right-censored."""
+    return limit, math.inf
+
+
+def within(limit: float) -> Seen:
+    """Reached somewhere before `limit`: left-censored."""
+    return 0.0, limit
+
+
 @dataclass(frozen=True)
 class Pair:
-    """Figures of an arm and of the one that it is held against; None is not reached by `limit` (right-censored).
+    """What was seen of an arm, and of the one that it is held against."""
 
-    A run that failed has no limit: the arm then counts as later than anything, the other as not known at all.
-    """
+    arm: Seen
+    other: Seen
 
-    figure: float | None
-    limit: float | None
-    other: float | None
-    other_limit: float | None
+    @property
+    def censored(self) -> bool:
+        return self.arm[0] != self.arm[1] or self.other[0] != self.other[1] or self.arm == FAILED
 
     def bounds(self) -> tuple[float, float]:
-        """Lowest and highest that the log ratio can be, by what was seen."""
-        mine, others = self.figure or self.limit or math.inf, self.other or self.other_limit
-        low = -math.inf if self.other is None else math.log(mine / self.other)
-        high = math.inf if self.figure is None or others is None else math.log(self.figure / others)
+        """Lowest and highest that the log ratio can be. The other's failure gives the arm no credit."""
+        other = UNKNOWN if self.other == FAILED else self.other
+        low = -math.inf if self.arm[0] == 0 or other[1] == math.inf else math.log(self.arm[0] / other[1])
+        high = math.inf if self.arm[1] == math.inf or other[0] == 0 else math.log(self.arm[1] / other[0])
         return low, high
 
 
@@ -95,16 +109,16 @@ def median_interval(low: np.ndarray, high: np.ndarray, confidence: float) -> tup
 
 
 def sign_below(high: np.ndarray) -> np.ndarray:
-    """One-sided p (...) of the sign test that the median is below 0; a pair counts if it is surely below (`high` < 0)."""
+    """One-sided p (...) of the sign test that the median is below 0; what is surely below (`high` < 0) counts."""
     n = high.shape[-1]
     return stats.binom.sf((high < 0).sum(-1) - 1, n, 0.5)
 
 
 def judge(pairs: list[Pair], rules: Rules) -> Judged:
-    """Judge the pairs of one arm and another. No pair is dropped: what was not reached counts as later than its limit."""
+    """Judge the pairs of one arm and another. None is dropped: what was not reached counts as later than its limit."""
     n = len(pairs)
     bounds = np.array([pair.bounds() for pair in pairs]).reshape(n, 2)
-    censored = sum(pair.figure is None or pair.other is None for pair in pairs)
+    censored = sum(pair.censored for pair in pairs)
     if n < MIN_PAIRS:
         ratio = float(np.exp(bounds[:, 0].mean())) if n and not censored else None
         return Judged(n, censored, ratio, note=f"{n} of the {MIN_PAIRS} seeds that an interval needs")
@@ -152,9 +166,9 @@ def signs_needed(p_value: float) -> int:
     return math.floor(math.log(p_value) / math.log(0.5)) + 1
 
 
-@lru_cache(maxsize=None)
+@cache
 def detectable(n: int, p_value: float, power: float) -> float:
-    """Smallest mean, in standard deviations, that a one-sided t test of n pairs shows with this power (noncentral t)."""
+    """Smallest mean, in standard deviations, that a one-sided t test of n pairs shows with this power; noncentral t."""
     df, critical = n - 1, stats.t.isf(p_value, n - 1)
 
     def missing(shift: float) -> float:
@@ -164,12 +178,12 @@ def detectable(n: int, p_value: float, power: float) -> float:
 
 
 def smallest_effect(spread: float, n: int, rules: Rules) -> float:
-    """Smallest saving (fraction of the other's figure) that n pairs of this spread of the logs show with `rules.power`."""
+    """Smallest saving, as a fraction, that n pairs whose logs spread so show with `rules.power`."""
     return -math.expm1(-detectable(n, rules.p_value, rules.power) * spread)
 
 
 def seeds_needed(mean: float, spread: float, rules: Rules) -> int | None:
-    """Pairs with which a mean log like this would be shown with `rules.power`; None if it is not sooner, or too many."""
+    """Pairs that would show a mean log like this with `rules.power`; None if it is not sooner, or too many."""
     if mean >= 0:
         return None
     if spread == 0:

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from kdclimb.analysis import paired
-from kdclimb.analysis.paired import Pair, Rules, judge
+from kdclimb.analysis.paired import FAILED, Pair, Rules, beyond, judge, within
 from kdclimb.analysis.targets import crossing
 
 RULES = Rules(confidence=0.95, p_value=0.01, power=0.8)
@@ -16,10 +16,14 @@ TARGET = {"value": 4.5, "consecutive": 2, "source": "fixed", "reason": "of a tes
 HORIZON, CAMPAIGNS, SEEDS = 400, 1000, 3
 
 
-def simulate(generator, saving, seeds=SEEDS, seed_sd=0.05, noise=0.01):
-    """Steps to the target of an arm that needs 1 - `saving` of CE's steps, and CE's, as pairs; None is not reached.
+def seen(figure, limit=400):
+    return beyond(limit) if figure is None else (figure, figure)
 
-    Loss is 8 - 0.75 ln(step) for CE. A seed shifts both arms; each run has a shift and validations a noise of their own.
+
+def simulate(generator, saving, seeds=SEEDS, seed_sd=0.05, noise=0.01):
+    """Steps to the target of an arm that needs 1 - `saving` of CE's steps, and CE's, as pairs.
+
+    Loss is 8 - 0.75 ln(step) for CE. A seed shifts both arms; run and validation have noise of their own.
     """
     pairs = []
     for shift in generator.normal(0.0, seed_sd, seeds):
@@ -30,7 +34,7 @@ def simulate(generator, saving, seeds=SEEDS, seed_sd=0.05, noise=0.01):
             losses += generator.normal(0.0, noise)
             val = [dict(step=0, val_loss=8.0, tokens=0, train_time_ms=0.0)]
             val += [dict(step=int(s), val_loss=v, tokens=0, train_time_ms=0.0) for s, v in zip(steps, losses)]
-            figures += [crossing(SimpleNamespace(ok=True, val=val), TARGET).interp, HORIZON]
+            figures.append(seen(crossing(SimpleNamespace(ok=True, val=val), TARGET).interp, HORIZON))
         pairs.append(Pair(*figures))
     return pairs
 
@@ -70,13 +74,13 @@ def test_an_effect_of_the_smallest_detectable_size_is_seen_with_the_power():
 
 @pytest.mark.parametrize("n", [6, 9])
 def test_censored_campaigns_keep_their_level(n):
-    """A fifth of all runs never reach the target: the median's interval covers, and equal arms are rarely called sooner."""
+    """A fifth of all runs never reach the target: the interval covers, and equal arms are rarely called sooner."""
     generator = np.random.default_rng(3)
     ce = np.exp(generator.normal(math.log(300), 0.15, (4000, n)))
     kd = ce * np.exp(generator.normal(0.0, 0.1, ce.shape))
     limit = 340.0
     verdicts = [
-        judge([Pair(k if k <= limit else None, limit, c if c <= limit else None, limit) for k, c in zip(*row)], RULES)
+        judge([Pair(*(seen(f if f <= limit else None, limit) for f in pair)) for pair in zip(*row)], RULES)
         for row in zip(kd, ce)
     ]
     censored = [v for v in verdicts if v.n_censored]
@@ -88,7 +92,7 @@ def test_censored_campaigns_keep_their_level(n):
 
 def test_dropping_what_was_not_reached_would_flatter_what_keeping_it_does_not():
     """KD is 20 % later for the slow half of its seeds and reaches nothing there: kept, it is not sooner."""
-    pairs = [Pair(95.0, 400, 100.0, 400)] * 5 + [Pair(None, 400, 390.0, 400)] * 5
+    pairs = [Pair(seen(95.0), seen(100.0))] * 5 + [Pair(seen(None), seen(390.0))] * 5
     kept, dropped = judge(pairs, RULES), judge(pairs[:5], RULES)
     assert dropped.p_sooner < RULES.p_value <= kept.p_sooner
     assert (kept.n_pairs, kept.n_censored, kept.ratio) == (10, 5, None)
@@ -97,12 +101,14 @@ def test_dropping_what_was_not_reached_would_flatter_what_keeping_it_does_not():
 @pytest.mark.parametrize(
     ("pair", "bounds"),
     [
-        (Pair(50, 400, 100, 400), (math.log(0.5), math.log(0.5))),
-        (Pair(None, 400, 100, 400), (math.log(4), math.inf)),
-        (Pair(100, 400, None, 400), (-math.inf, math.log(0.25))),
-        (Pair(None, 400, None, 400), (-math.inf, math.inf)),
-        (Pair(None, None, 100, 400), (math.inf, math.inf)),  # it failed
-        (Pair(100, 400, None, None), (-math.inf, math.inf)),  # the other failed: no credit for that
+        (Pair(seen(50), seen(100)), (math.log(0.5), math.log(0.5))),
+        (Pair(beyond(400), seen(100)), (math.log(4), math.inf)),
+        (Pair(seen(100), beyond(400)), (-math.inf, math.log(0.25))),
+        (Pair(beyond(400), beyond(400)), (-math.inf, math.inf)),
+        (Pair(within(75), seen(100)), (-math.inf, math.log(0.75))),
+        (Pair(seen(100), within(75)), (math.log(100 / 75), math.inf)),
+        (Pair(FAILED, seen(100)), (math.inf, math.inf)),
+        (Pair(seen(100), FAILED), (-math.inf, math.inf)),  # no credit for the other's failure
     ],
 )
 def test_bounds_of_a_pair(pair, bounds):
@@ -111,7 +117,7 @@ def test_bounds_of_a_pair(pair, bounds):
 
 def test_t_interval_and_test_are_scipys():
     logs = np.log([0.9, 0.85, 0.97, 0.92])
-    found = judge([Pair(r, 9, 1.0, 9) for r in np.exp(logs)], RULES)
+    found = judge([Pair(seen(r), seen(1.0)) for r in np.exp(logs)], RULES)
     peer = stats.ttest_1samp(logs, 0.0, alternative="less")
     both = stats.ttest_1samp(logs, 0.0).confidence_interval(0.95)
     assert found.p_sooner == pytest.approx(peer.pvalue)
@@ -121,7 +127,7 @@ def test_t_interval_and_test_are_scipys():
 
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_no_interval_below_three_seeds(n):
-    found = judge([Pair(90, 400, 100, 400)] * n, RULES)
+    found = judge([Pair(seen(90), seen(100))] * n, RULES)
     assert (found.low, found.high, found.p_sooner) == (None, None, None)
     assert found.note == f"{n} of the 3 seeds that an interval needs"
     assert paired.outcome(found.p_sooner, found.p_later, 0.01) == ""
