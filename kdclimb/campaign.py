@@ -193,8 +193,26 @@ class KDSection:
     post_stop_lr: float
     post_stop_blend_steps: int
     isolate_steps: int
+    screen_seed: int
     promote: int
     grid: GridSection
+
+
+@dataclass(frozen=True)
+class ControlsSection:
+    lr_policy: bool
+    label_smoothing: float
+    extra_steps: bool
+    random_teacher: bool
+
+
+@dataclass(frozen=True)
+class VerdictSection:
+    targets: tuple[float, ...]
+    confidence: float
+    p_value: float
+    power: float
+    amortize: int
 
 
 @dataclass(frozen=True)
@@ -213,6 +231,8 @@ class Campaign:
     budget: BudgetSection
     teacher: TeacherSection
     kd: KDSection
+    controls: ControlsSection
+    verdict: VerdictSection
 
     @property
     def exploratory(self) -> bool:
@@ -339,6 +359,12 @@ def _check_shapes(campaign: Campaign) -> None:
         f"above every kd.grid.hold_frac ({list(kd.grid.hold_frac)})",
     )
     require(
+        kd.screen_seed not in train.seeds,
+        "kd.screen_seed",
+        kd.screen_seed,
+        f"none of train.seeds {list(train.seeds)}, which judge what the screen chose",
+    )
+    require(
         kd.isolate_steps <= train.horizons[0],
         "kd.isolate_steps",
         kd.isolate_steps,
@@ -398,13 +424,16 @@ def data_id(campaign: Campaign, root: Path) -> str:
 
 
 def token_needs(campaign: Campaign) -> supply.Needs:
-    """What the campaign asks of its data: no later stage has a run longer than CE and the candidates in full."""
+    """What the campaign asks of its data: no run is longer than CE, CE with extra steps and the candidates in full."""
     train, longest = campaign.train, {}
     everyone = {"projected": {"survivors": [c.name for c in campaign.teacher.candidates]}}
-    for run in expand(campaign, everyone):
+    whole = {"train_time_ms": campaign.budget.fraction, "budget_ms": campaign.budget.fraction}  # a teacher's, at most
+    for run in expand(campaign, everyone) + _Expansion(campaign, "unprepared").extended(whole):
         schedule = run.config.schedule
         tokens = total_tokens(schedule, schedule.stop_step)
         what, key = (run.label, "train.horizons") if run.arm == "ce" else (f"teacher {run.label}", "teacher.candidates")
+        if run.arm == "control_extra":
+            what, key = f"CE with {run.label}", "train.horizons (controls.extra_steps adds to the last)"
         found = supply.Longest(what, key, run.config.seed, tokens)
         longest[found.seed] = max(longest.get(found.seed, found), found, key=lambda run: run.tokens)
     return supply.Needs(
@@ -478,8 +507,8 @@ def check_imported(campaign: Campaign, data: str, results: Path) -> None:
 def expand(campaign: Campaign, decisions: dict, data: str = "unprepared") -> list[Run]:
     """Every run that the campaign names, given the decisions taken so far. Pure.
 
-    Arms, in order: ce, probe; teacher (needs `projected`); isolate, screen (need `selected`); kd,
-    control_boost, control_random (need `promoted`). A decision that speaks of something the config
+    Arms, in order: ce, probe; teacher (needs `projected`); isolate, screen (need `selected`); kd, control_boost,
+    control_random, control_smooth, control_extra (need `promoted`). A decision that speaks of something the config
     no longer holds expands to nothing. Runs that several arms share appear once for each. Imported teachers are no
     runs of the campaign: `teacher.imported` names them.
     """
@@ -492,7 +521,10 @@ def expand(campaign: Campaign, decisions: dict, data: str = "unprepared") -> lis
         return arms
     arms += runs.isolates(teacher) + runs.screen(teacher)
     promoted = set(decisions.get("promoted", {}).get("points", ()))
-    return arms + runs.promoted(teacher, promoted)
+    if not promoted.intersection(point.name for point in grid_points(campaign.kd.grid)):
+        return arms
+    arms += runs.promoted(teacher, promoted) + runs.smoothed()
+    return arms + runs.extended(decisions["selected"])
 
 
 @dataclass(frozen=True)
@@ -560,7 +592,9 @@ class _Expansion:
         shapes = {"num_layers": layers, "num_heads": shape.num_heads, "head_dim": shape.head_dim}
         return ModelConfig(vocab_size=self.data.vocab_size, **dataclasses.asdict(student) | counted | changes | shapes)
 
-    def run(self, arm, label, *, horizon, seed, model=None, stop_step=None, boost=None, kd=None) -> Run:
+    def run(
+        self, arm, label, *, horizon, seed, model=None, stop_step=None, boost=None, kd=None, label_smoothing=0.0
+    ) -> Run:
         campaign, train = self.campaign, self.campaign.train
         schedule = ScheduleConfig(
             horizon=horizon,
@@ -587,6 +621,7 @@ class _Expansion:
             schedule=schedule,
             validation=campaign.validation,
             kd=kd,
+            label_smoothing=label_smoothing,
             seed=seed,
             device=campaign.device,
             clock=campaign.budget.clock,
@@ -602,8 +637,9 @@ class _Expansion:
         )
 
     def ce(self) -> list[Run]:
+        """At every horizon with every seed, and once for the screen to be held against."""
         train = self.campaign.train
-        pairs = itertools.product(train.horizons, train.seeds)
+        pairs = [*itertools.product(train.horizons, train.seeds), (self.first, self.campaign.kd.screen_seed)]
         return [self.run("ce", f"CE {horizon}", horizon=horizon, seed=seed) for horizon, seed in pairs]
 
     def teachers(self, arm: str, candidates) -> list[Run]:
@@ -629,7 +665,7 @@ class _Expansion:
         ]
 
     def screen(self, teacher: str) -> list[Run]:
-        seed = self.campaign.train.seeds[0]
+        seed = self.campaign.kd.screen_seed
         return [
             self.run(
                 "screen", p.name, horizon=self.first, seed=seed, boost=p.lr_boost, kd=self.kd(teacher, p.temperature)
@@ -638,19 +674,41 @@ class _Expansion:
         ]
 
     def promoted(self, teacher: str, names: set[str]) -> list[Run]:
-        seeds = self.campaign.train.seeds
+        seeds, controls = self.campaign.train.seeds, self.campaign.controls
         kd, boosted, random = [], [], []
         for p in grid_points(self.campaign.kd.grid):
             if p.name not in names:
                 continue
             config = self.kd(teacher, p.temperature)
-            kd += [self.run("kd", p.name, horizon=self.last, seed=s, boost=p.lr_boost, kd=config) for s in seeds]
-            if p.lr_boost is not None:
+            kd += [
+                self.run("kd", p.name, horizon=horizon, seed=s, boost=p.lr_boost, kd=config)
+                for horizon, s in itertools.product(reversed(self.campaign.train.horizons), seeds)
+            ]
+            if p.lr_boost is not None and controls.lr_policy:
                 boosted += [
                     self.run("control_boost", p.name, horizon=self.last, seed=s, boost=p.lr_boost) for s in seeds
                 ]
-            config = self.kd(teacher, p.temperature, random_teacher=True)
-            random.append(
-                self.run("control_random", p.name, horizon=self.first, seed=seeds[0], boost=p.lr_boost, kd=config)
-            )
+            if controls.random_teacher:
+                where = {"horizon": self.first, "seed": self.campaign.kd.screen_seed, "boost": p.lr_boost}
+                config = self.kd(teacher, p.temperature, random_teacher=True)
+                random.append(self.run("control_random", p.name, kd=config, **where))
         return kd + boosted + random
+
+    def smoothed(self) -> list[Run]:
+        weight = self.campaign.controls.label_smoothing
+        runs = [
+            self.run("control_smooth", f"smoothing {weight:g}", horizon=self.last, seed=seed, label_smoothing=weight)
+            for seed in self.campaign.train.seeds
+        ]
+        return runs if weight else []
+
+    def extended(self, selected: dict) -> list[Run]:
+        """CE whose horizon is longer by as many steps as CE makes in the time that the teacher took."""
+        if not self.campaign.controls.extra_steps:
+            return []
+        ce_ms = selected["budget_ms"] / self.campaign.budget.fraction  # at the last horizon
+        extra = round(self.last * selected["train_time_ms"] / ce_ms)
+        return [
+            self.run("control_extra", f"{extra} more steps", horizon=self.last + extra, seed=seed)
+            for seed in self.campaign.train.seeds
+        ]

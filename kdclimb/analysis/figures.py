@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -34,6 +35,8 @@ ARM_STYLE = {  # arm: (name, colour, line style)
     "screen": ("KD", "kd", "-"),
     "control_boost": ("CE, LR boost", "boost", "--"),
     "control_random": ("KD, random teacher", "random", "-."),
+    "control_smooth": ("CE, label smoothing", "muted", "--"),
+    "control_extra": ("CE, teacher's time in steps", "ink", ":"),
 }
 SIZE = (5.4, 3.5)  # inches: as wide as a phone in CSS pixels, so that text keeps its size there
 FIRST_VALIDATIONS = 8
@@ -66,6 +69,9 @@ def draw(folder: Path, data: dict) -> dict[str, str]:
     drawings = {
         "val_loss_steps": lambda axes: _curves(axes, data, "step"),
         "val_loss_time": lambda axes: _curves(axes, data, "train_time_ms"),
+        "steps_saved_trend": lambda axes: _trend(
+            axes, data["trend"], data["target"]["value"], data["verdict"]["point"]
+        ),
         "kd_alive": lambda axes: _alive(axes, data["curves"], data["screen"], data["verdict"]["point"]),
         "teachers": lambda axes: _teachers(axes, data["teachers"], data["budget"]),
         "isolates": lambda axes: _isolates(axes, data["isolates"]),
@@ -148,6 +154,25 @@ def _curves(axes: Axes, data: dict, x: str) -> bool:
     axes.set_ylabel("validation loss (nats)")
     _legend(axes)
     return bool(groups)
+
+
+def _trend(axes: Axes, trend: list[dict], target: float | None, point: str | None) -> bool:
+    """Steps saved at CE's losses, from its first to its last; where KD never stood at one, the line has a gap."""
+    rows = [row for row in trend if row["label"] == point]
+    for seed, dashes in zip(dict.fromkeys(row["seed"] for row in rows), cycle(("-", "--", ":", "-."))):
+        mine = [row for row in rows if row["seed"] == seed]
+        saved = [float("nan") if row["steps_saved"] is None else row["steps_saved"] for row in mine]
+        style = {"color": COLOURS["kd"], "linestyle": dashes, "marker": "o", "markersize": 3, "linewidth": 1.5}
+        axes.plot([row["val_loss"] for row in mine], saved, label=f"seed {seed}", **style)
+    axes.axhline(0, color=COLOURS["muted"], linewidth=1)
+    if target is not None:
+        axes.axvline(target, color=COLOURS["muted"], linewidth=1, linestyle=(0, (4, 2)), label="target")
+    axes.invert_xaxis()
+    axes.set_xlabel("validation loss (nats)")
+    axes.set_ylabel("steps saved")
+    if rows:
+        _legend(axes)
+    return bool(rows)
 
 
 def _alive(axes: Axes, curves: list[dict], screen: list[dict], point: str | None) -> bool:

@@ -21,9 +21,19 @@ MODES = {
     "kd": "kd_full",
     "control_boost": "ce_lr_boost",
     "control_random": "kd_random_teacher",
+    "control_smooth": "ce_label_smoothing",
+    "control_extra": "ce_extra_steps",
 }
 TEACHER_ARMS = ("probe", "teacher", "imported")
-TARGET_ARMS = ("ce", "screen", "kd", "control_boost", "control_random")  # whose steps to target mean something
+TARGET_ARMS = (
+    "ce",
+    "screen",
+    "kd",
+    "control_boost",
+    "control_random",
+    "control_smooth",
+    "control_extra",
+)  # whose steps to target mean something
 NOT_APPLICABLE = "-"
 
 

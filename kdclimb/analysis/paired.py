@@ -20,7 +20,7 @@ from scipy import optimize, stats
 
 MIN_PAIRS = 3  # fewer have no interval: with two, t's reaches 13 standard errors to each side
 MOST_SEEDS = 1000  # that are worth naming
-FASTER, SLOWER, UNDECIDED = "sooner", "later", "no difference shown"
+BETTER, WORSE, UNDECIDED = "better", "worse", "no difference shown"
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def holm(p_values: list[float | None]) -> list[float | None]:
 
 
 def outcome(p_sooner: float | None, p_later: float | None, p_value: float) -> str:
-    """Sooner, later, or no difference shown; nothing where there was no test."""
+    """Better (lower), worse, or no difference shown; nothing where there was no test."""
     if p_sooner is None or p_later is None:
         return ""
-    return FASTER if p_sooner < p_value else SLOWER if p_later < p_value else UNDECIDED
+    return BETTER if p_sooner < p_value else WORSE if p_later < p_value else UNDECIDED

@@ -16,14 +16,16 @@ from kdclimb.analysis.budget import BUDGET_KEYS, ISOLATE_COLUMNS
 from kdclimb.analysis.compare import COMPARE_COLUMNS, CURVE_COLUMNS, SAVINGS, TEACHER_COLUMNS
 from kdclimb.analysis.figures import ARM_STYLE, draw
 from kdclimb.analysis.ledger import LEDGER_COLUMNS
+from kdclimb.analysis.savings import BREAK_EVEN_COLUMNS, TREND_COLUMNS
 from kdclimb.analysis.selection import SELECTED_KEYS
 from kdclimb.analysis.tables import RUN_COLUMNS, TEXT, read_csv, read_json, show_ms, show_number
-from kdclimb.analysis.targets import COLLECTED_COLUMNS, SCREEN_COLUMNS, TARGET_KEYS
+from kdclimb.analysis.targets import COLLECTED_COLUMNS, REACHED_COLUMNS, SCREEN_COLUMNS, TARGET_KEYS
+from kdclimb.analysis.tested import VERDICT_COLUMNS
 from kdclimb.artifacts import write_text
 
 VERDICT_KEYS = (
     "sentence claimable not_claimable_because kd_alive kd_pays_steps kd_pays_time_with_teacher n_seeds steps_saved_min "
-    "steps_saved_max budget_share teacher_ms point"
+    "steps_saved_max budget_share teacher_ms point rules tuning"
 ).split() + [f"{column}_mean" for column in SAVINGS]
 TABLES = {
     "timing": RUN_COLUMNS,
@@ -36,6 +38,10 @@ TABLES = {
     "runs": RUN_COLUMNS,
     "compare": COMPARE_COLUMNS,
     "ledger": LEDGER_COLUMNS,
+    "reached": REACHED_COLUMNS,
+    "tests": VERDICT_COLUMNS,
+    "trend": TREND_COLUMNS,
+    "break_even": BREAK_EVEN_COLUMNS,
 }
 DECISIONS = {"budget": BUDGET_KEYS, "selected": SELECTED_KEYS, "target": TARGET_KEYS, "verdict": VERDICT_KEYS}
 INPUTS = (*TABLES, *DECISIONS)
@@ -252,11 +258,100 @@ def compare_section(page: Page) -> str:
     return section("Steps and time to the target", lead, *parts)
 
 
+MEASURES = {"crossing": "on the way", "horizon": "complete horizon", "final": "at the end"}
+COST_NAMES = {
+    "steps": "steps",
+    "tokens": "tokens",
+    "time_ms": "time",
+    "time_with_teacher_ms": "time, + teacher",
+    "time_amortized_ms": "time, + teacher shared",
+    "val_loss": "loss",
+}
+
+
+def percent(key: str) -> Callable[[dict], str]:
+    """The saving, in percent, that the ratio under `key` is."""
+    return quantity(key, lambda ratio: f"{100 * (1 - ratio):+.1f} %")
+
+
+def compared(row: dict) -> str:
+    name = f"{ARM_NAMES[row['arm']]} against {ARM_NAMES[row['against']]}"
+    where = MEASURES[row["measure"]] + (f", to {row['target_value']:.4f} nats" if row["target_value"] else "")
+    return f"{escape(name)}<small>{escape(where)}</small>"
+
+
+def said(row: dict) -> str:
+    note = f"<small>{escape(row['note'])}</small>" if row["note"] else ""
+    return f'<span class="words">{escape(row["outcome"]) or NOTHING}</span>{note}'
+
+
+def tests_section(page: Page) -> str:
+    rules, verdict = page.data["verdict"]["rules"], page.data["verdict"]
+    columns = [
+        Column("What", compared, words=True),
+        Column("Cost", lambda row: COST_NAMES[row["cost"]], words=True),
+        Column("Saved", percent("ratio")),
+        Column("from", percent("high")),
+        Column("to", percent("low")),
+        Column("p", quantity("p_sooner", "{:.2g}".format)),
+        Column("Holm", quantity("p_holm", "{:.2g}".format)),
+        Column("Seeds", number("n_pairs")),
+        Column("censored", number("n_censored")),
+        Column("Seeds needed", number("seeds_needed")),
+        Column("Could be seen", quantity("smallest_effect", "{:.0%}".format)),
+        Column("Outcome", said, words=True),
+    ]
+    lead = (
+        "Pairs of one seed; saved is 1 minus the ratio of their figures. Set before the runs: intervals at "
+        f"{rules['confidence']:.0%}, one-sided p below {rules['p_value']:g} after Holm&rsquo;s adjustment, "
+        f"power {rules['power']:.0%}, a teacher shared by {rules['amortize']} students. On the way, a run meets a "
+        "target while its LR is still high: that shows how fast it learns, not what a run that stops there would "
+        "cost. The complete horizon is the shortest run that ends at the target, as a speedrun would pay for it, "
+        "and known no finer than the horizons are close. &lsquo;Seeds needed&rsquo; would show a saving of the size "
+        "measured; &lsquo;could be seen&rsquo; is the smallest that these could show."
+    )
+    tuning = f'<p class="empty">{escape(verdict["tuning"])}</p>'
+    judged = [row for row in page.data["tests"] if row["cost"] != "tokens"]
+    parts = table(judged, columns, "nothing was compared"), tuning, page.links("tests", "reached")
+    return section("How sure", lead, *parts)
+
+
+def trend_section(page: Page) -> str:
+    lead = (
+        "Steps saved at each loss at which CE stood at a validation, at the full horizon. Left is early; above the "
+        "line KD is ahead. A lead that shrinks to the right does not last."
+    )
+    figure = page.figure("steps_saved_trend", "CE&rsquo;s step less KD&rsquo;s at the same loss, one line a seed.")
+    return section("Where KD saves", lead, figure, page.links("trend"))
+
+
+def break_even_section(page: Page) -> str:
+    share = "{:.0%}".format
+    columns = [
+        Column("Target", lambda row: f"{row['target_value']:.4f}"),
+        Column("Point", text("label"), words=True),
+        Column("Overhead of a step with KD", quantity("overhead", share)),
+        Column("Steps with KD", quantity("kd_share_of_steps", share)),
+        Column("Teacher, of CE&rsquo;s time", quantity("teacher_share", share)),
+        Column("Saving needed", quantity("needed", share)),
+        Column("needed if shared", quantity("needed_amortized", share)),
+        Column("Saving measured", quantity("measured", share)),
+        Column("from", quantity("measured_low", share)),
+        Column("to", quantity("measured_high", share)),
+    ]
+    lead = (
+        "What share of CE&rsquo;s steps KD must save to be level in time to the target, beside the share that it saved."
+    )
+    rows = table(page.data["break_even"], columns, "nothing was compared")
+    return section("Break-even", lead, rows, page.links("break_even"))
+
+
 def controls_section(page: Page) -> str:
     rows = [row for row in page.data["compare"] if row["arm"].startswith("control")]
     lead = (
-        "What else could explain a gain: the same LR boost without KD, and KD from a teacher with random weights. The "
-        "random one runs at the screen&rsquo;s horizon only."
+        "What else could explain a gain: the same LR boost without KD, label smoothing, and KD from a teacher with "
+        "random weights, which runs at the screen&rsquo;s horizon only. CE with the teacher&rsquo;s time in further "
+        "steps has a horizon of its own, and is compared by its end."
     )
     return section("Controls", lead, table(rows, COMPARED, "no control was run"), page.links("controls", "compare"))
 
@@ -347,6 +442,8 @@ def glossary_section(page: Page) -> str:
         "teacher looks free, which it is only if it is used many times.",
         "time": "training steps and data loading; compilation, validation and checkpoints are not in it.",
         "loss": "mean cross-entropy per token, in nats.",
+        "on the way, complete horizon": "where a long run first meets the target, and the shortest complete run that "
+        "ends at it. Only the second can&rsquo;t be flattered by the schedule.",
         "mean of n seeds": "over the seeds with which CE and KD both reached the target. With few, read the range.",
         "NOT A CLAIM": "the numbers are what was measured, but one of the conditions for claiming them is not met.",
     }
@@ -357,8 +454,11 @@ def glossary_section(page: Page) -> str:
 SECTIONS = (
     verdict_section,
     budget_section,
+    tests_section,
     curves_section,
+    trend_section,
     compare_section,
+    break_even_section,
     alive_section,
     controls_section,
     teachers_section,

@@ -5,7 +5,7 @@ from test_analysis_synthetic import make_config, read_rows, run_folder
 from kdclimb.analysis import ledger, tables
 from kdclimb.artifacts import write_json
 
-TARGET = {"value": 5.0, "consecutive": 2, "source": "teacher_final_val", "reason": "of a test"}
+TARGET = {"value": 5.0, "consecutive": 2, "source": "teacher_final_val", "reason": "of a test", "fixed": []}
 HEADER = (
     "run_id,mode,teacher_params_m,teacher_steps,teacher_train_time_ms,alpha,temp,kd_lr_boost,student_steps,best_val,"
     "final_val,steps_to_target,status,artifact_dir"
