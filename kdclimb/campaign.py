@@ -136,6 +136,13 @@ class TrainSection:
 
 
 @dataclass(frozen=True)
+class BaselineSection:
+    source: str
+    log: str | None
+    imports: tuple[str, ...]  # run ids
+
+
+@dataclass(frozen=True)
 class BudgetSection:
     fraction: float
     clock: str
@@ -228,6 +235,7 @@ class Campaign:
     train: TrainSection
     optim: OptimConfig
     validation: ValidationConfig
+    baseline: BaselineSection
     budget: BudgetSection
     teacher: TeacherSection
     kd: KDSection
@@ -274,6 +282,7 @@ def load(config: dict, root: Path) -> Campaign:
     _check_locks(campaign)
     _check_shapes(campaign)
     _check_mirror(campaign, root)
+    _check_baseline(campaign, root)
     _check_data(campaign.data, root)
     if campaign.device == "auto":
         campaign = dataclasses.replace(campaign, device=detect_device())
@@ -390,6 +399,30 @@ def _check_mirror(campaign: Campaign, root: Path) -> None:
         campaign.paths.mirror,
         f"null, or a folder outside {results} whose own results/ is another",
     )
+
+
+def _check_baseline(campaign: Campaign, root: Path) -> None:
+    baseline = campaign.baseline
+    if baseline.source != "log":
+        return
+    is_there = baseline.log is not None and (root / Path(baseline.log).expanduser()).is_file()
+    require(is_there, "baseline.log", baseline.log, "a training log that exists, under baseline.source: log")
+    require(
+        not campaign.controls.extra_steps,
+        "controls.extra_steps",
+        True,
+        "false under baseline.source: log, whose time of a step is another machine's",
+    )
+
+
+def check_logs(campaign: Campaign, results: Path) -> None:
+    """Raise ConfigError unless each of baseline.imports lies under `results`/runs."""
+    for run_id in campaign.baseline.imports:
+        folder = results / "runs" / run_id
+        if not (folder / "status.json").is_file():
+            raise ConfigError(
+                f"baseline.imports: {folder} holds no import; it is made by: python -m kdclimb import LOG"
+            )
 
 
 def _check_locks(campaign: Campaign) -> None:

@@ -11,6 +11,7 @@ ALL_ARMS = (
     "control_random",
     "control_smooth",
     "control_extra",
+    "log",
 )
 
 

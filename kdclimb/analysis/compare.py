@@ -36,12 +36,13 @@ from kdclimb.analysis.targets import (
 from kdclimb.analysis.tested import VERDICT_COLUMNS, verdict_rows
 from kdclimb.analysis.verdict import SAVINGS, doubts_of, no_teacher, tuning, verdict
 from kdclimb.artifacts import write_json
+from kdclimb.imported import LOGGED
 
 CURVE_COLUMNS = tuple(
     "arm label run_id seed horizon step tokens train_time_ms val_loss kd_active teacher_kl time_with_teacher_ms".split()
 )
-COMPARED_ARMS = ("ce", "kd", "control_boost", "control_smooth", "control_extra", "screen", "control_random")
-JUDGED_ARMS = tuple(arm for arm in COMPARED_ARMS if arm not in ("screen", "control_random"))
+COMPARED_ARMS = ("ce", "kd", "control_boost", "control_smooth", "control_extra", "screen", "control_random", "log")
+JUDGED_ARMS = tuple(arm for arm in COMPARED_ARMS if arm not in ("screen", "control_random", "log"))
 COMPARE_COLUMNS = tuple(
     "arm label run_id horizon seed status steps_to_target steps_to_target_interp tokens_to_target time_to_target_ms "
     "time_to_target_with_teacher_ms miss_reason final_val first_val steps_saved tokens_saved time_saved_ms "
@@ -87,6 +88,8 @@ def compare(
         if run.config.clock != clock and not run.imported:
             raise AnalysisError(f"{run.folder / 'config.json'}: clock {run.config.clock}; the campaign's is {clock}")
     limit, teacher, goal = read_budget(budget), read_json(selected, SELECTED_KEYS), read_target(target)
+    logged = limit["clock"] == LOGGED
+    limit["horizon"] = max(run.horizon for run in runs if run.arm == "ce")  # a log may have another
     points = read_json(promoted, ["points", "reason"])
     rows = compare_rows([run for run in runs if run.arm in COMPARED_ARMS], goal, teacher)
     write_csv(out_curves, CURVE_COLUMNS, [row for run in runs for row in _curve(run, teacher)])
@@ -104,7 +107,7 @@ def compare(
     write_csv(out_trend, TREND_COLUMNS, trend_rows(runs, limit["horizon"]))
     break_even = break_even_rows(runs, tested, reached, limit["horizon"], teacher, rules["amortize"])
     write_csv(out_break_even, BREAK_EVEN_COLUMNS, break_even)
-    doubts = doubts_of(rows, runs, points["points"], clock, exploratory, bool(teacher["imported"]))
+    doubts = doubts_of(rows, runs, points["points"], clock, exploratory, bool(teacher["imported"]), logged)
     found = verdict(rows, tested, limit, teacher, goal, points, doubts)
     found |= {"rules": rules, "tuning": tuning(read_csv(screen, SCREEN_COLUMNS), found["point"])}
     if teacher["run_id"] is None:
@@ -148,7 +151,8 @@ def reach(runs: list[RunFolder], goal: dict, teacher: dict, amortize: int) -> li
 def _curve(run: RunFolder, teacher: dict) -> list[dict]:
     place = {"arm": run.arm, "label": run.label, "run_id": run.run_id, "seed": run.config.seed, "horizon": run.horizon}
     cost = teacher_cost_ms(run, teacher)
-    return [place | row | {"time_with_teacher_ms": row["train_time_ms"] + cost} for row in run.val]
+    counted = [None if row["train_time_ms"] is None else row["train_time_ms"] + cost for row in run.val]
+    return [place | row | {"time_with_teacher_ms": time} for row, time in zip(run.val, counted, strict=True)]
 
 
 def compare_rows(runs: list[RunFolder], target: dict, teacher: dict) -> list[dict]:

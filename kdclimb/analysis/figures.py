@@ -37,6 +37,7 @@ ARM_STYLE = {  # arm: (name, colour, line style)
     "control_random": ("KD, random teacher", "random", "-."),
     "control_smooth": ("CE, label smoothing", "muted", "--"),
     "control_extra": ("CE, teacher's time in steps", "ink", ":"),
+    "log": ("imported log", "muted", "-."),
 }
 SIZE = (5.4, 3.5)  # inches: as wide as a phone in CSS pixels, so that text keeps its size there
 FIRST_VALIDATIONS = 8
@@ -126,6 +127,7 @@ def _by_run(rows: list[dict]) -> dict[tuple, list[dict]]:
 
 def _line(axes: Axes, rows: list[dict], x: str, **style) -> None:
     scale = 1000 if x.endswith("_ms") else 1
+    rows = [row for row in rows if row[x] is not None]  # an old log has no times
     axes.plot([row[x] / scale for row in rows], [row["val_loss"] for row in rows], linewidth=1.5, **style)
 
 
@@ -134,8 +136,8 @@ def _curves(axes: Axes, data: dict, x: str) -> bool:
     budget, target = data["budget"], data["target"]["value"]
     timed = x != "step"
     stops = {row["run_id"]: row["kd_stop_step"] for row in data["runs"]}
-    rows = [row for row in data["curves"] if row["horizon"] == budget["horizon"] and row["step"] > 0]
-    groups = {key: group for key, group in _by_run(rows).items() if key[0] in ("ce", "kd", "control_boost")}
+    rows = [row for row in data["curves"] if row["horizon"] == data["verdict"]["horizon"] and row["step"] > 0]
+    groups = {key: group for key, group in _by_run(rows).items() if key[0] in ("ce", "kd", "control_boost", "log")}
     several = len({label for arm, label, _ in groups if arm == "kd"}) > 1
     for (arm, label, run_id), group in groups.items():
         name, colour, dashes = ARM_STYLE[arm]

@@ -23,16 +23,11 @@ MODES = {
     "control_random": "kd_random_teacher",
     "control_smooth": "ce_label_smoothing",
     "control_extra": "ce_extra_steps",
+    "log": "imported_log",
 }
 TEACHER_ARMS = ("probe", "teacher", "imported")
-TARGET_ARMS = (
-    "ce",
-    "screen",
-    "kd",
-    "control_boost",
-    "control_random",
-    "control_smooth",
-    "control_extra",
+TARGET_ARMS = tuple(
+    arm for arm in MODES if arm not in (*TEACHER_ARMS, "isolate")
 )  # whose steps to target mean something
 NOT_APPLICABLE = "-"
 

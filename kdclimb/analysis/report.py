@@ -25,7 +25,7 @@ from kdclimb.artifacts import write_text
 
 VERDICT_KEYS = (
     "sentence claimable not_claimable_because kd_alive kd_pays_steps kd_pays_time_with_teacher n_seeds steps_saved_min "
-    "steps_saved_max budget_share teacher_ms point rules tuning"
+    "steps_saved_max budget_share teacher_ms point horizon rules tuning"
 ).split() + [f"{column}_mean" for column in SAVINGS]
 TABLES = {
     "timing": RUN_COLUMNS,
@@ -88,7 +88,7 @@ class Page:
 
     @property
     def horizon(self) -> int:
-        return self.data["budget"]["horizon"]
+        return self.data["verdict"]["horizon"]
 
 
 def quantity(key: str, show: Callable, signed: bool = False, lower_is_better: bool = False) -> Callable[[dict], str]:
@@ -244,7 +244,7 @@ COMPARED: list[Column] = [
 
 
 def compare_section(page: Page) -> str:
-    rows = [row for row in page.data["compare"] if row["arm"] in ("ce", "kd")]
+    rows = [row for row in page.data["compare"] if row["arm"] in ("ce", "kd", "log")]
     why = f": {escape(page.data['target']['reason'])}" if page.data["target"]["value"] is None else ""
     lead = (
         "Reaching the target takes two validations in a row at or below it. Each run is held against the CE run of the "

@@ -103,11 +103,17 @@ def crossing(run: RunFolder, target: dict) -> Crossing:
 
 
 def _crossed(row: dict, before: dict | None, value: float) -> Crossing:
-    place = [float(row[key]) for key in PLACE]
+    share = 1.0
     if before is not None and before["val_loss"] > value:
         share = (before["val_loss"] - value) / (before["val_loss"] - row["val_loss"])
-        place = [before[key] + share * (row[key] - before[key]) for key in PLACE]
+    place = [_on_the_line(before or row, row, key, share) for key in PLACE]
     return Crossing(row["step"], row["tokens"], row["train_time_ms"], tuple(place))
+
+
+def _on_the_line(before: dict, row: dict, key: str, share: float) -> float | None:
+    if before[key] is None or row[key] is None:  # an imported log has no tokens
+        return None
+    return float(before[key] + share * (row[key] - before[key]))
 
 
 def _miss(rows: list[dict], target: dict) -> str:

@@ -20,9 +20,18 @@ SAVINGS = {  # what is saved: the column that it is a difference of
 
 
 def doubts_of(
-    rows: list[dict], runs: list[RunFolder], points: list[str], clock: str, exploratory: bool, imported: bool = False
+    rows: list[dict],
+    runs: list[RunFolder],
+    points: list[str],
+    clock: str,
+    exploratory: bool,
+    imported: bool = False,
+    logged: bool = False,
 ) -> list[str]:
-    """Why what is measured can't be claimed; empty where it can. `imported`: the teacher was trained elsewhere."""
+    """Why what is measured can't be claimed; empty where it can.
+
+    `imported`: the teacher was trained elsewhere; `logged`: the budget is a log's.
+    """
     pairs = pair_up(rows, points[0]) if points else []
     compared = sum(pair["outcome"] == "both" for pair in pairs)
     notes = sorted({pair["kd"]["time_note"] for pair in pairs if pair["kd"]["time_note"]})
@@ -34,6 +43,8 @@ def doubts_of(
         doubts.append("the campaign is exploratory: a lock was lifted")
     if imported:
         doubts.append("the teacher was imported: its time is declared, not measured, and so is its place in the budget")
+    if logged:
+        doubts.append("the budget comes from a training log: the teacher's time is held against another machine's")
     doubts += [f"times only: {note}" for note in notes]
     if compared < MIN_PAIRS:
         seeds = f"{compared} seed{'s' * (compared != 1)}"

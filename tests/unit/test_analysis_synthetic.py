@@ -237,7 +237,7 @@ class SyntheticCampaign:
         assert run_script(name, *flags) == 0, name
 
     def baseline(self):
-        self.script("ce_baseline", *self.flags("ce"), "--out", self.path("ce/timing.csv"))
+        self.script("ce_baseline", *self.flags("ce"), "--log", "", "--out", self.path("ce/timing.csv"))
         flags = "--timing", self.path("ce/timing.csv"), "--fraction", "0.1", "--out", self.path("budget.json")
         self.script("budget", *flags)
 
