@@ -8,6 +8,7 @@ python -m kdclimb retry --run ce-3x128-100-s0-...     # this run, however it end
 python -m kdclimb bundle export tiny.zip              # a campaign's finished runs and files
 python -m kdclimb bundle import tiny.zip              # the same, on another machine
 python -m kdclimb import logs/*.txt                   # run folders of training logs
+python -m kdclimb reread examples/seed                # the seed's claims, judged
 python -m kdclimb import-teacher state_best.pt --layers 3 --heads 6 --windows-passed 3 --cost-ms 56600  # the seed's
 """
 
@@ -61,6 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     take.add_argument("logs", metavar="LOG", nargs="+", type=Path)
     take.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="(default: results)")
     take.set_defaults(call=take_logs)
+    about = "judge the claims of a folder with runs.csv and claims.csv, such as examples/seed"
+    again = commands.add_parser("reread", help=about, description=about)
+    again.add_argument("folder", metavar="FOLDER", type=Path)
+    again.add_argument("--out", type=Path, default=Path("results/seed"), metavar="DIR", help="(default: results/seed)")
+    again.set_defaults(call=read_again)
     return parser
 
 
@@ -154,6 +160,13 @@ def take_logs(args: argparse.Namespace) -> str:
         print("\n".join(texts))
         raise ValueError("\n".join(unreadable))
     return "\n".join(texts)
+
+
+def read_again(args: argparse.Namespace) -> str:
+    """What `reread` prints. Raises AnalysisError for a malformed table."""
+    from kdclimb.analysis import reread  # here, since matplotlib takes a second
+
+    return reread.reread(args.folder, args.out, LOCKED_BUDGET_FRACTION)
 
 
 def bring(args: argparse.Namespace) -> str:

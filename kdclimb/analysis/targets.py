@@ -165,19 +165,32 @@ def by_horizon(runs: list[RunFolder], name: str, target: dict, cost_ms: float, a
     if len(whole) < MIN_HORIZONS:
         seen, why = dict.fromkeys(COSTS, UNKNOWN), f"{len(whole)} of the {MIN_HORIZONS} horizons that this needs"
         return Reached(place, seen, tuple(runs), why)
-    ends, value = [run.val[-1] for run in whole], target["value"]
-    losses = isotonic_regression([row["val_loss"] for row in ends], increasing=False).x
-    after = int((losses > value).sum())  # the losses fall: index of the first that meets the target
-    words = f"against target {value:.4f}"
-    if after == len(ends):
-        seen = [beyond(float(ends[-1][key])) for key in PLACE]
-        why = f"longer than the longest horizon, {whole[-1].horizon} steps, which ends at {losses[-1]:.4f} {words}"
-    elif after == 0:
-        seen = [within(float(ends[0][key])) for key in PLACE]
-        why = f"shorter than the shortest horizon, {whole[0].horizon} steps, which ends at {losses[0]:.4f} {words}"
-    else:
-        seen, why = [(f, f) for f in _between(ends[after - 1], ends[after], losses[after - 1 : after + 1], value)], ""
-    return Reached(place, _costs(*seen, cost_ms, amortize), tuple(runs), why)
+    ends = [run.val[-1] for run in whole]
+    horizons, losses = [row["step"] for row in ends], [row["val_loss"] for row in ends]
+    low, high = shortest_horizon(horizons, losses, target["value"])
+    if low == high:
+        seen = [(float(np.interp(low, horizons, [row[key] for row in ends])),) * 2 for key in PLACE[1:]]
+        return Reached(place, _costs((low, low), *seen, cost_ms, amortize), tuple(runs), "")
+    i, found, word = (-1, beyond, "long") if high == math.inf else (0, within, "short")
+    why = f"{word}er than the {word}est horizon, {horizons[i]} steps, which ends at {losses[i]:.4f}"
+    seen = _costs(*(found(float(ends[i][key])) for key in PLACE), cost_ms, amortize)
+    return Reached(place, seen, tuple(runs), f"{why} against target {target['value']:.4f}")
+
+
+def shortest_horizon(horizons: list[float], losses: list[float], value: float) -> Seen:
+    """Bounds of the horizon (steps) that ends at the loss `value`, from runs that ended at `losses`, shortest first.
+
+    They are equal where it lies among the horizons. Monotone by isotonic regression, linear in the log of the horizon.
+    """
+    fitted = isotonic_regression(losses, increasing=False).x
+    after = int((fitted > value).sum())  # the losses fall: index of the first that meets the target
+    if after == len(horizons):
+        return beyond(float(horizons[-1]))
+    if after == 0:
+        return within(float(horizons[0]))
+    share = (fitted[after - 1] - value) / (fitted[after - 1] - fitted[after])
+    step = float(horizons[after - 1] * (horizons[after] / horizons[after - 1]) ** share)
+    return step, step
 
 
 def by_final(run: RunFolder) -> Reached:
@@ -186,13 +199,6 @@ def by_final(run: RunFolder) -> Reached:
     seen = (run.val[-1]["val_loss"],) * 2 if ended else FAILED
     place = _place("final", "", {"value": None}, run) | {"horizon": None}
     return Reached(place, {"val_loss": seen}, (run,), "" if ended else run.why_not_ok())
-
-
-def _between(before: dict, row: dict, losses: np.ndarray, value: float) -> tuple[float, ...]:
-    share = (losses[0] - value) / (losses[0] - losses[1])
-    step = before["step"] * (row["step"] / before["step"]) ** share
-    linear = (step - before["step"]) / (row["step"] - before["step"])  # of tokens and time between two horizons
-    return tuple(float(before[key] + linear * (row[key] - before[key])) for key in PLACE)
 
 
 def _place(measure: str, name: str, target: dict, run: RunFolder) -> dict:
