@@ -44,6 +44,8 @@ rule compare:
         ),
         trend=f"{RESULTS}/tables/steps_saved_trend.csv",
         break_even=f"{RESULTS}/tables/break_even.csv",
+        stop=f"{RESULTS}/tables/stop_conditions.csv",
+        summary=f"{RESULTS}/tables/teacher_budget10_summary.csv",
         verdict=report(
             f"{RESULTS}/verdict.json",
             caption="../workflow/report/verdict.rst",
@@ -64,7 +66,7 @@ rule compare:
         " --trained {input.trained} --measured {input.measured} --selected {input.selected}"
         " --target {input.target} --screen {input.screen} --promoted {input.promoted} --clock {params.clock} {params.exploratory}"
         " --rules {params.rules} --out-reached {output.reached} --out-tests {output.tests} --out-trend {output.trend}"
-        " --out-break-even {output.break_even}"
+        " --out-break-even {output.break_even} --out-stop {output.stop} --out-summary {output.summary}"
         " --out-curves {output.curves} --out-runs {output.runs} --out-compare {output.compare}"
         " --out-teachers {output.teachers} --out-verdict {output.verdict} > {log} 2>&1"
 
@@ -85,6 +87,7 @@ rule ledger:
         "../envs/kdclimb.yaml"
     params:
         runs=run_flags(*ALL_ARMS),
+        exploratory="--exploratory" if CAMPAIGN.exploratory else "",
         code=code("ledger"),
     shell:
-        "python workflow/scripts/ledger.py {params.runs} --target {input.target} --out {output} > {log} 2>&1"
+        "python workflow/scripts/ledger.py {params.runs} --target {input.target} {params.exploratory} --out {output} > {log} 2>&1"

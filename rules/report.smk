@@ -15,6 +15,8 @@ rule report:
         tests=f"{RESULTS}/tables/verdict.csv",
         trend=f"{RESULTS}/tables/steps_saved_trend.csv",
         break_even=f"{RESULTS}/tables/break_even.csv",
+        stop=f"{RESULTS}/tables/stop_conditions.csv",
+        summary=f"{RESULTS}/tables/teacher_budget10_summary.csv",
         budget=f"{RESULTS}/budget.json",
         selected=f"{RESULTS}/teacher/selected.json",
         target=f"{RESULTS}/target.json",
@@ -52,6 +54,7 @@ rule report:
         " --teachers {input.teachers} --timing {input.timing} --screen {input.screen}"
         " --isolates {input.isolates} --full {input.full} --controls {input.controls}"
         " --reached {input.reached} --tests {input.tests} --trend {input.trend} --break-even {input.break_even}"
+        " --stop {input.stop} --summary {input.summary}"
         " --ledger {input.ledger} --budget {input.budget} --selected {input.selected}"
         " --target {input.target} --verdict {input.verdict} --campaign {params.campaign}"
         " --figures $(dirname {output.steps}) --out {output.page} > {log} 2>&1"

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kdclimb.analysis.budget import read_budget, refuse_timing
+from kdclimb.analysis.checklist import CHECK_COLUMNS, STOP_COLUMNS, SUMMARY_COLUMNS, checks, stop_conditions, summary
 from kdclimb.analysis.paired import Rules
 from kdclimb.analysis.savings import BREAK_EVEN_COLUMNS, TREND_COLUMNS, break_even_rows, trend_rows
 from kdclimb.analysis.selection import PROBE_COLUMNS, SELECTED_KEYS, TRAINED_COLUMNS
@@ -34,7 +35,7 @@ from kdclimb.analysis.targets import (
     read_target,
 )
 from kdclimb.analysis.tested import VERDICT_COLUMNS, verdict_rows
-from kdclimb.analysis.verdict import SAVINGS, doubts_of, no_teacher, tuning, verdict
+from kdclimb.analysis.verdict import SAVINGS, doubts_of, no_teacher, pair_up, tuning, verdict
 from kdclimb.artifacts import write_json
 from kdclimb.imported import LOGGED
 
@@ -48,9 +49,10 @@ COMPARE_COLUMNS = tuple(
     "time_to_target_with_teacher_ms miss_reason final_val first_val steps_saved tokens_saved time_saved_ms "
     "time_saved_with_teacher_ms final_val_delta first_val_delta time_note".split()
 )
-TEACHER_COLUMNS = tuple(
-    "candidate imported verdict reason projected_ms train_time_ms budget_ms final_val best_val params_stored "
-    "params_active flops_per_token probe_step_ms probe_run_id run_id".split()
+TEACHER_COLUMNS = (
+    *"candidate imported verdict reason projected_ms train_time_ms budget_ms final_val best_val params_stored".split(),
+    *"params_active flops_per_token probe_step_ms probe_run_id run_id status steps".split(),
+    *CHECK_COLUMNS,
 )
 
 
@@ -76,6 +78,8 @@ def compare(
     out_tests: Path,
     out_trend: Path,
     out_break_even: Path,
+    out_stop: Path,
+    out_summary: Path,
     out_verdict: Path,
 ) -> None:
     """Write the tables and the verdict of a campaign from all its runs and decisions.
@@ -112,6 +116,9 @@ def compare(
     found |= {"rules": rules, "tuning": tuning(read_csv(screen, SCREEN_COLUMNS), found["point"])}
     if teacher["run_id"] is None:
         found["sentence"] = no_teacher(teachers, limit)
+    pairs = pair_up(rows, found["point"]) if found["point"] else []
+    write_csv(out_stop, STOP_COLUMNS, stop_conditions(teachers, teacher, pairs, found))
+    write_csv(out_summary, SUMMARY_COLUMNS, summary(teachers, rows, found["point"]))
     write_json(out_verdict, found)
 
 
@@ -190,16 +197,19 @@ def _minus(a: float | None, b: float | None) -> float | None:
 
 def teacher_rows(probes: list[dict], trained: list[dict], rejected: dict, teacher: dict) -> list[dict]:
     """One row of TEACHER_COLUMNS for each candidate, the imported ones last: projected and measured (or declared) time,
-    loss, verdict and its reason.
+    loss, verdict and its reason, the checklist.
     """
     by_name = {row["candidate"]: row for row in trained}
     nothing, unprobed = dict.fromkeys(TRAINED_COLUMNS), dict.fromkeys(("projected_ms", "probe_step_ms", "probe_run_id"))
-    rows = []
+    own = [
+        key for key in TEACHER_COLUMNS if key in PROBE_COLUMNS and key not in ("reason", "run_id", "status", "steps")
+    ]
+    limit, rows = teacher["budget_ms"], []
     for probe in probes:
-        row = nothing | by_name.get(probe["candidate"], {})
-        row |= {key: probe[key] for key in TEACHER_COLUMNS if key in PROBE_COLUMNS and key not in ("reason", "run_id")}
-        rows.append(row | {"probe_run_id": probe["run_id"], "imported": 0})
-    rows += [row | unprobed for row in trained if row["imported"]]
+        found = by_name.get(probe["candidate"])
+        row = (found or nothing | {"status": probe["status"]}) | {key: probe[key] for key in own}
+        rows.append(row | {"probe_run_id": probe["run_id"], "imported": 0} | checks(probe, found, limit))
+    rows += [row | unprobed | checks({}, row, limit) for row in trained if row["imported"]]
     return [row | _judged(row["candidate"], rejected, teacher) for row in rows]
 
 

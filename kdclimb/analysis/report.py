@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kdclimb.analysis.budget import BUDGET_KEYS, ISOLATE_COLUMNS
+from kdclimb.analysis.checklist import STOP_COLUMNS, SUMMARY_COLUMNS
 from kdclimb.analysis.compare import COMPARE_COLUMNS, CURVE_COLUMNS, SAVINGS, TEACHER_COLUMNS
 from kdclimb.analysis.figures import ARM_STYLE, draw
 from kdclimb.analysis.ledger import LEDGER_COLUMNS
@@ -42,6 +43,8 @@ TABLES = {
     "tests": VERDICT_COLUMNS,
     "trend": TREND_COLUMNS,
     "break_even": BREAK_EVEN_COLUMNS,
+    "stop": STOP_COLUMNS,
+    "summary": SUMMARY_COLUMNS,
 }
 DECISIONS = {"budget": BUDGET_KEYS, "selected": SELECTED_KEYS, "target": TARGET_KEYS, "verdict": VERDICT_KEYS}
 INPUTS = (*TABLES, *DECISIONS)
@@ -360,6 +363,16 @@ def candidate(row: dict) -> str:
     return text("candidate")(row) + ("<small>imported; time declared</small>" if row["imported"] else "")
 
 
+def promoted(row: dict) -> str:
+    """The checklist: yes or no, and below it the points that are not met or not known."""
+    names = {"budget": "budget", "falling": "falling", "no_oom": "no OOM", "artifacts": "artifacts"}
+    parts = [
+        f"{name} {row[f'check_{key}'] or 'not known'}: {row[f'check_{key}_by'] or 'not trained'}"
+        for key, name in names.items()
+    ]
+    return f"{text('promoted')(row)}<small>{escape('; '.join(parts))}</small>"
+
+
 def teachers_section(page: Page) -> str:
     columns = [
         Column("Candidate", candidate, words=True),
@@ -368,6 +381,8 @@ def teachers_section(page: Page) -> str:
         Column("Measured", ms("train_time_ms")),
         Column("Final val", nats("final_val")),
         Column("MFLOPs a token", quantity("flops_per_token", lambda flops: show_number(flops / 1e6, 2))),
+        Column("Promote", promoted, words=True),
+        Column("Projection off by", quantity("projection_error", "{:+.0%}".format)),
         Column("Reason", lambda row: f'<span class="words">{text("reason")(row)}</span>', words=True),
     ]
     lead = (
@@ -377,7 +392,17 @@ def teachers_section(page: Page) -> str:
     )
     rows = table(page.data["teachers"], columns, "no candidate was tried", lambda row: row["verdict"] == "selected")
     figure = page.figure("teachers", "Training time against loss. Left of the dashed line is within the budget.")
-    return section("Teachers", lead, figure, rows, page.links("teachers"))
+    return section("Teachers", lead, figure, rows, page.links("teachers", "summary"))
+
+
+def stop_section(page: Page) -> str:
+    columns = [
+        Column("May stop", text("condition"), words=True),
+        Column("Met", text("met"), words=True),
+        Column("Evidence", lambda row: f'<span class="words">{text("evidence")(row)}</span>', words=True),
+    ]
+    lead = "What the campaign set out to answer, and whether it did."
+    return section("Stop conditions", lead, table(page.data["stop"], columns, ""), page.links("stop"))
 
 
 def screen_section(page: Page) -> str:
@@ -415,12 +440,15 @@ def isolates_section(page: Page) -> str:
 def ledger_section(page: Page) -> str:
     words = ("run_id", "mode", "status", "artifact_dir")
     columns = [Column(name, _ledger_cell(name), name in words) for name in LEDGER_COLUMNS]
-    lead = "Every run of the campaign. &lsquo;-&rsquo; means not applicable; alpha is the weight of the KD term."
+    lead = (
+        "Every run of the campaign. &lsquo;-&rsquo; means not applicable; alpha is the weight of the KD term; "
+        "val_instability is the sum of the upward moves of the validation loss, in nats."
+    )
     return section("Ledger", lead, table(page.data["ledger"], columns, "no run"), page.links("ledger"))
 
 
 def _ledger_cell(name: str) -> Callable[[dict], str]:
-    digits = {"teacher_params_m": 3, "teacher_train_time_ms": 0, "best_val": 4, "final_val": 4}
+    digits = {"teacher_params_m": 3, "teacher_train_time_ms": 0, "best_val": 4, "final_val": 4, "val_instability": 4}
 
     def cell(row: dict) -> str:
         value = row[name]
@@ -464,6 +492,7 @@ SECTIONS = (
     teachers_section,
     screen_section,
     isolates_section,
+    stop_section,
     ledger_section,
     glossary_section,
 )

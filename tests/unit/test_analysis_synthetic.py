@@ -275,12 +275,15 @@ class SyntheticCampaign:
         outputs += [f"--out-tests={p('tables/verdict.csv')}", f"--out-trend={p('tables/steps_saved_trend.csv')}"]
         outputs += [f"--rules={json.dumps(dataclasses.asdict(self.campaign.verdict))}"]
         outputs += [f"--out-verdict={p('verdict.json')}", "--promoted", p("kd/promoted.json"), "--clock", self.clock]
-        outputs += ["--screen", p("kd/screen.csv")]
+        outputs += ["--screen", p("kd/screen.csv"), f"--out-stop={p('tables/stop_conditions.csv')}"]
+        outputs += [f"--out-summary={p('tables/teacher_budget10_summary.csv')}"]
         self.script("compare", *self.flags(), *decisions, *filters, *outputs)
         self.script("ledger", *self.flags(), "--target", p("target.json"), "--out", p("tables/ledger.csv"))
         tables = [f"--{name}={p(f'tables/{name}.csv')}" for name in ("curves", "runs", "compare", "teachers", "ledger")]
         tables += [f"--{name}={p(f'kd/{name}.csv')}" for name in ("isolates", "screen", "full")]
         tables += [f"--reached={p('tables/reached.csv')}", f"--tests={p('tables/verdict.csv')}"]
+        tables += [f"--stop={p('tables/stop_conditions.csv')}"]
+        tables += [f"--summary={p('tables/teacher_budget10_summary.csv')}"]
         tables += [f"--trend={p('tables/steps_saved_trend.csv')}", f"--break-even={p('tables/break_even.csv')}"]
         tables += [
             f"--timing={p('ce/timing.csv')}",

@@ -6,9 +6,9 @@ from kdclimb.analysis import compare
 from kdclimb.analysis.tables import run_script
 
 INPUTS = "budget probe projected trained measured selected target screen promoted".split()
-OUTPUTS = (
-    "out_curves out_runs out_compare out_teachers out_reached out_tests out_trend out_break_even out_verdict".split()
-)
+OUTPUTS = [
+    f"out_{name}" for name in "curves runs compare teachers reached tests trend break_even stop summary verdict".split()
+]
 OPTIONS = {"rules": json.loads, "clock": str, "exploratory": bool}
 
 if __name__ == "__main__":
