@@ -37,7 +37,8 @@ def test_every_stage_leaves_its_result(finished):
         teacher/measured.json teacher/selected.json target.json kd/isolates.csv kd/screen.csv kd/promoted.json
         kd/full.csv controls.csv tables/curves.csv tables/runs.csv tables/compare.csv tables/teachers.csv
         tables/reached.csv tables/verdict.csv tables/steps_saved_trend.csv tables/break_even.csv
-        tables/stop_conditions.csv tables/teacher_budget10_summary.csv tables/ledger.csv verdict.json report/index.html figures/val_loss_steps.svg""".split()
+        tables/stop_conditions.csv tables/teacher_budget10_summary.csv tables/ledger.csv verdict.json
+        report/index.html figures/val_loss_steps.svg""".split()
     assert [name for name in expected if not (results / name).is_file()] == []
     runs = rows(results / "tables/runs.csv")
     assert {r["arm"] for r in runs} == {
