@@ -349,3 +349,21 @@ def test_no_graph_is_made_inside_the_clock(tiny_runs, manifest, teacher_folder, 
     trainer.train(lambda: None, lambda: False, SimpleNamespace(update=lambda n: None, report=reported.append))
     assert made > 4 and trainer.recompiles == 0
     assert trainer.model.head is not None and trainer.kd.stop_step == 50
+
+
+def test_label_smoothing_has_the_gradient_of_torchs(tiny_runs, manifest):
+    config = pick(tiny_runs, "control_smooth")
+    trainer = Trainer(config, Dataset(manifest), None, "reference")
+    hidden = torch.randn(7, config.model.dim, requires_grad=True)
+    labels = torch.randint(config.model.vocab_size, (7,))
+    target, weights = trainer._uniform(hidden)
+    head, cap = trainer.model.head_weight.detach().normal_(), trainer.model.softcap
+    loss = train_module.distill_loss(hidden, head, target, labels, student_softcap=cap, **weights)
+    a, b, c = config.model.softcap
+    peer = torch.nn.functional.cross_entropy(
+        a * torch.sigmoid((hidden @ head.T + b) / c), labels, label_smoothing=config.label_smoothing
+    )
+    grads = [torch.autograd.grad(value, hidden)[0] for value in (loss.total, peer)]
+    torch.testing.assert_close(*grads)
+    plain = torch.nn.functional.cross_entropy(a * torch.sigmoid((hidden @ head.T + b) / c), labels)
+    assert loss.hard.item() == pytest.approx(plain.item())  # what steps.csv shows is not smoothed
