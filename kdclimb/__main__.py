@@ -1,5 +1,5 @@
 """What a config means and what it would run; forgetting results, so that the next ./run makes them again; moving them
-between machines; and teachers from elsewhere.
+between machines; and teachers and runs from elsewhere.
 
 python -m kdclimb explain kd.stop_margin              # one key; a section lists its keys
 python -m kdclimb plan --configfile config/h100.yaml  # runs, tokens and time, before anything runs
@@ -7,6 +7,8 @@ python -m kdclimb retry --status oom                  # every run that ended out
 python -m kdclimb retry --run ce-3x128-100-s0-...     # this run, however it ended
 python -m kdclimb bundle export tiny.zip              # a campaign's finished runs and files
 python -m kdclimb bundle import tiny.zip              # the same, on another machine
+python -m kdclimb import logs/*.txt                   # run folders of training logs
+python -m kdclimb reread examples/seed                # the seed's claims, judged
 python -m kdclimb import-teacher state_best.pt --layers 3 --heads 6 --windows-passed 3 --cost-ms 56600  # the seed's
 """
 
@@ -19,9 +21,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from kdclimb import bundle, explain, plan
+from kdclimb import bundle, explain, logs, plan
 from kdclimb.artifacts import write_text
-from kdclimb.campaign import load, schema_path
+from kdclimb.campaign import LOCKED_BUDGET_FRACTION, load, schema_path
 from kdclimb.imported import PREFIX
 
 STATUSES = ("ok", "diverged", "oom", "failed", "interrupted")
@@ -55,6 +57,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_retry(commands, results)
     _add_bundle(commands, config, results)
     _add_import(commands, config, results)
+    about = "make run folders of training logs in the speedrun's text format, as far as they can be read"
+    take = commands.add_parser("import", help=about, description=about)
+    take.add_argument("logs", metavar="LOG", nargs="+", type=Path)
+    take.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="(default: results)")
+    take.set_defaults(call=take_logs)
+    about = "judge the claims of a folder with runs.csv and claims.csv, such as examples/seed"
+    again = commands.add_parser("reread", help=about, description=about)
+    again.add_argument("folder", metavar="FOLDER", type=Path)
+    again.add_argument("--out", type=Path, default=Path("results/seed"), metavar="DIR", help="(default: results/seed)")
+    again.set_defaults(call=read_again)
     return parser
 
 
@@ -129,6 +141,32 @@ def export_bundle(args: argparse.Namespace) -> str:
     root = schema_path().parent.parent
     campaign = load(explain.read_config(args.configfile), root)
     return bundle.export(campaign, root, args.results, args.out, args.weights)
+
+
+def take_logs(args: argparse.Namespace) -> str:
+    """What `import` prints. What can be read is imported; raises ValueError at the end if a file is no log at all."""
+    texts, unreadable, ids = [], [], []
+    for path in args.logs:
+        try:
+            folder, log = logs.import_log(path, args.out)
+        except ValueError as error:
+            unreadable.append(str(error))
+        else:
+            texts.append(logs.describe(folder, log, LOCKED_BUDGET_FRACTION))
+            ids.append(folder.name)
+    if ids:
+        texts.append(f"to have them in a campaign: baseline: {{imports: [{', '.join(ids)}]}}")
+    if unreadable:
+        print("\n".join(texts))
+        raise ValueError("\n".join(unreadable))
+    return "\n".join(texts)
+
+
+def read_again(args: argparse.Namespace) -> str:
+    """What `reread` prints. Raises AnalysisError for a malformed table."""
+    from kdclimb.analysis import reread  # here, since matplotlib takes a second
+
+    return reread.reread(args.folder, args.out, LOCKED_BUDGET_FRACTION)
 
 
 def bring(args: argparse.Namespace) -> str:

@@ -140,6 +140,13 @@ class TrainSection:
 
 
 @dataclass(frozen=True)
+class BaselineSection:
+    source: str
+    log: str | None
+    imports: tuple[str, ...]  # run ids
+
+
+@dataclass(frozen=True)
 class BudgetSection:
     fraction: float
     clock: str
@@ -215,9 +222,27 @@ class KDSection:
     post_stop_lr: float
     post_stop_blend_steps: int
     isolate_steps: int
+    screen_seed: int
     promote: int
     ngram: NgramSection
     grid: GridSection
+
+
+@dataclass(frozen=True)
+class ControlsSection:
+    lr_policy: bool
+    label_smoothing: float
+    extra_steps: bool
+    random_teacher: bool
+
+
+@dataclass(frozen=True)
+class VerdictSection:
+    targets: tuple[float, ...]
+    confidence: float
+    p_value: float
+    power: float
+    amortize: int
 
 
 @dataclass(frozen=True)
@@ -234,9 +259,12 @@ class Campaign:
     optim: OptimConfig
     attention: AttentionConfig
     validation: ValidationConfig
+    baseline: BaselineSection
     budget: BudgetSection
     teacher: TeacherSection
     kd: KDSection
+    controls: ControlsSection
+    verdict: VerdictSection
 
     @property
     def exploratory(self) -> bool:
@@ -278,6 +306,7 @@ def load(config: dict, root: Path) -> Campaign:
     _check_locks(campaign)
     _check_shapes(campaign)
     _check_mirror(campaign, root)
+    _check_baseline(campaign, root)
     _check_data(campaign.data, root)
     if campaign.device == "auto":
         campaign = dataclasses.replace(campaign, device=detect_device())
@@ -363,6 +392,12 @@ def _check_shapes(campaign: Campaign) -> None:
         f"above every kd.grid.hold_frac ({list(kd.grid.hold_frac)})",
     )
     require(
+        kd.screen_seed not in train.seeds,
+        "kd.screen_seed",
+        kd.screen_seed,
+        f"none of train.seeds {list(train.seeds)}, which judge what the screen chose",
+    )
+    require(
         kd.isolate_steps <= train.horizons[0],
         "kd.isolate_steps",
         kd.isolate_steps,
@@ -388,6 +423,30 @@ def _check_mirror(campaign: Campaign, root: Path) -> None:
         campaign.paths.mirror,
         f"null, or a folder outside {results} whose own results/ is another",
     )
+
+
+def _check_baseline(campaign: Campaign, root: Path) -> None:
+    baseline = campaign.baseline
+    if baseline.source != "log":
+        return
+    is_there = baseline.log is not None and (root / Path(baseline.log).expanduser()).is_file()
+    require(is_there, "baseline.log", baseline.log, "a training log that exists, under baseline.source: log")
+    require(
+        not campaign.controls.extra_steps,
+        "controls.extra_steps",
+        True,
+        "false under baseline.source: log, whose time of a step is another machine's",
+    )
+
+
+def check_logs(campaign: Campaign, results: Path) -> None:
+    """Raise ConfigError unless each of baseline.imports lies under `results`/runs."""
+    for run_id in campaign.baseline.imports:
+        folder = results / "runs" / run_id
+        if not (folder / "status.json").is_file():
+            raise ConfigError(
+                f"baseline.imports: {folder} holds no import; it is made by: python -m kdclimb import LOG"
+            )
 
 
 def _check_locks(campaign: Campaign) -> None:
@@ -428,13 +487,16 @@ def data_id(campaign: Campaign, root: Path) -> str:
 
 
 def token_needs(campaign: Campaign) -> supply.Needs:
-    """What the campaign asks of its data: no later stage has a run longer than CE and the candidates in full."""
+    """What the campaign asks of its data: no run is longer than CE, CE with extra steps and the candidates in full."""
     train, longest = campaign.train, {}
     everyone = {"projected": {"survivors": [c.name for c in campaign.teacher.candidates]}}
-    for run in expand(campaign, everyone):
+    whole = {"train_time_ms": campaign.budget.fraction, "budget_ms": campaign.budget.fraction}  # a teacher's, at most
+    for run in expand(campaign, everyone) + _Expansion(campaign, "unprepared").extended(whole):
         schedule = run.config.schedule
         tokens = total_tokens(schedule, schedule.stop_step)
         what, key = (run.label, "train.horizons") if run.arm == "ce" else (f"teacher {run.label}", "teacher.candidates")
+        if run.arm == "control_extra":
+            what, key = f"CE with {run.label}", "train.horizons (controls.extra_steps adds to the last)"
         found = supply.Longest(what, key, run.config.seed, tokens)
         longest[found.seed] = max(longest.get(found.seed, found), found, key=lambda run: run.tokens)
     return supply.Needs(
@@ -508,8 +570,8 @@ def check_imported(campaign: Campaign, data: str, results: Path) -> None:
 def expand(campaign: Campaign, decisions: dict, data: str = "unprepared") -> list[Run]:
     """Every run that the campaign names, given the decisions taken so far. Pure.
 
-    Arms, in order: ce, ngram, probe; teacher (needs `projected`); isolate, screen (need `selected`); kd,
-    control_boost, control_random (need `promoted`). A decision that speaks of something the config
+    Arms, in order: ce, ngram, probe; teacher (needs `projected`); isolate, screen (need `selected`); kd, control_boost,
+    control_random, control_smooth, control_extra (need `promoted`). A decision that speaks of something the config
     no longer holds expands to nothing. Runs that several arms share appear once for each. Teachers that no training
     makes are not among them: `teacher.imported` and `tables` name them.
     """
@@ -537,7 +599,9 @@ def _expand(campaign: Campaign, decisions: dict, data: str) -> _Expanded:
         return _Expanded(arms, runs.caches)
     arms += runs.isolates(teacher) + runs.screen(teacher)
     promoted = set(decisions.get("promoted", {}).get("points", ()))
-    arms += runs.promoted(teacher, promoted)
+    if promoted.intersection(point.name for point in grid_points(campaign.kd.grid)):
+        arms += runs.promoted(teacher, promoted) + runs.smoothed()
+        arms += runs.extended(decisions["selected"])
     return _Expanded(arms, runs.caches)
 
 
@@ -612,7 +676,10 @@ class _Expansion:
         shapes = {"num_layers": layers, "num_heads": shape.num_heads, "head_dim": shape.head_dim}
         return ModelConfig(vocab_size=self.data.vocab_size, **dataclasses.asdict(student) | counted | changes | shapes)
 
-    def run(self, arm, label, *, horizon, seed, model=None, stop_step=None, boost=None, kd=None, cached=False) -> Run:
+    def run(
+        self, arm, label, *, horizon, seed, model=None, stop_step=None, boost=None, kd=None, cached=False,
+        label_smoothing=0.0,
+    ) -> Run:  # fmt: skip
         campaign, train = self.campaign, self.campaign.train
         schedule = ScheduleConfig(
             horizon=horizon,
@@ -640,6 +707,7 @@ class _Expansion:
             schedule=schedule,
             attention=campaign.attention,
             kd=kd,
+            label_smoothing=label_smoothing,
             seed=seed,
             **self.shared(),
         )
@@ -685,8 +753,9 @@ class _Expansion:
         return KDConfig(random_teacher=random_teacher, infer_only=infer_only, **values)
 
     def ce(self) -> list[Run]:
+        """At every horizon with every seed, and once for the screen to be held against."""
         train = self.campaign.train
-        pairs = itertools.product(train.horizons, train.seeds)
+        pairs = [*itertools.product(train.horizons, train.seeds), (self.first, self.campaign.kd.screen_seed)]
         return [self.run("ce", f"CE {horizon}", horizon=horizon, seed=seed) for horizon, seed in pairs]
 
     def tables(self) -> list[Run]:
@@ -730,27 +799,48 @@ class _Expansion:
         ]
 
     def screen(self, teacher: str) -> list[Run]:
-        options = {"horizon": self.first, "seed": self.campaign.train.seeds[0], "cached": True}
+        options = {"horizon": self.first, "seed": self.campaign.kd.screen_seed, "cached": True}
         return [
             self.run("screen", p.name, boost=p.lr_boost, kd=self.kd(teacher, p.temperature), **options)
             for p in grid_points(self.campaign.kd.grid)
         ]
 
     def promoted(self, teacher: str, names: set[str]) -> list[Run]:
-        seeds = self.campaign.train.seeds
+        seeds, controls = self.campaign.train.seeds, self.campaign.controls
         kd, boosted, random = [], [], []
         for p in grid_points(self.campaign.kd.grid):
             if p.name not in names:
                 continue
             config = self.kd(teacher, p.temperature)
-            options = {"horizon": self.last, "boost": p.lr_boost}
-            kd += [self.run("kd", p.name, seed=s, kd=config, cached=True, **options) for s in seeds]
-            if p.lr_boost is not None:
+            kd += [
+                self.run("kd", p.name, horizon=horizon, seed=s, boost=p.lr_boost, kd=config, cached=True)
+                for horizon, s in itertools.product(reversed(self.campaign.train.horizons), seeds)
+            ]
+            if p.lr_boost is not None and controls.lr_policy:
                 boosted += [
                     self.run("control_boost", p.name, horizon=self.last, seed=s, boost=p.lr_boost) for s in seeds
                 ]
-            config = self.kd(teacher, p.temperature, random_teacher=True)
-            random.append(
-                self.run("control_random", p.name, horizon=self.first, seed=seeds[0], boost=p.lr_boost, kd=config)
-            )
+            if controls.random_teacher:
+                where = {"horizon": self.first, "seed": self.campaign.kd.screen_seed, "boost": p.lr_boost}
+                config = self.kd(teacher, p.temperature, random_teacher=True)
+                random.append(self.run("control_random", p.name, kd=config, **where))
         return kd + boosted + random
+
+    def smoothed(self) -> list[Run]:
+        weight = self.campaign.controls.label_smoothing
+        runs = [
+            self.run("control_smooth", f"smoothing {weight:g}", horizon=self.last, seed=seed, label_smoothing=weight)
+            for seed in self.campaign.train.seeds
+        ]
+        return runs if weight else []
+
+    def extended(self, selected: dict) -> list[Run]:
+        """CE whose horizon is longer by as many steps as CE makes in the time that the teacher took."""
+        if not self.campaign.controls.extra_steps:
+            return []
+        ce_ms = selected["budget_ms"] / self.campaign.budget.fraction  # at the last horizon
+        extra = round(self.last * selected["train_time_ms"] / ce_ms)
+        return [
+            self.run("control_extra", f"{extra} more steps", horizon=self.last + extra, seed=seed)
+            for seed in self.campaign.train.seeds
+        ]

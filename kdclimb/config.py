@@ -404,6 +404,7 @@ class RunConfig:
     validation: ValidationConfig
     attention: AttentionConfig
     kd: KDConfig | None
+    label_smoothing: float  # weight of uniform labels in the hard loss, where there is no teacher
     seed: int
     device: str  # cpu or cuda
     clock: str  # measured or modelled
@@ -421,6 +422,7 @@ class RunConfig:
         """Readable slug plus 12 hex digits. The slug is decoration: nothing parses it."""
         model, schedule, kd = self.model, self.schedule, self.kd
         kind = "ce" if kd is None else "infer" if kd.infer_only else "rand" if kd.random_teacher else "kd"
+        kind = f"{kind}ls{self.label_smoothing:g}" if self.label_smoothing else kind
         slug = f"{kind}-{model.num_layers}x{model.dim}-{schedule.horizon}"
         if schedule.stop_step != schedule.horizon:
             slug += f"p{schedule.stop_step}"

@@ -1,4 +1,4 @@
-"""A teacher that was trained elsewhere: what its run folder's config.json holds, and its id. No torch."""
+"""Runs that were trained elsewhere, teachers and logs: what their config.json holds, and their ids. No torch."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from kdclimb.config import (
     short_hash,
 )
 
+LOGGED = "logged"  # the clock of a run that is known by its log alone
 PREFIX = "imported-"  # of the run id; no rule trains anything of this name
 COMMAND = "python -m kdclimb import-teacher FILE --layers L --heads H --windows-passed N --cost-ms MS"
 
@@ -82,7 +83,30 @@ class ImportedConfig:
         }
 
 
-def read_config(values: dict) -> RunConfig | ImportedConfig | NgramConfig:
-    """The config of a run folder: trained here, imported, or counted. Raises ConfigError as `build` does."""
-    kinds = {"imported_from": ImportedConfig, "order": NgramConfig}
+@dataclass(frozen=True)
+class LogConfig:
+    """A run of which there is a log and nothing else."""
+
+    log: str  # the file's name
+    sha256: str
+    name: str
+    horizon: int  # steps of its schedule
+    kind: str  # ce or kd
+
+    # What the analysis asks of every run: its teacher, if any, is not ours, and nothing here timed it.
+    kd = None
+    seed = None
+    clock = LOGGED
+
+    @property
+    def run_id(self) -> str:
+        return f"{PREFIX}log-{self.name}-{short_hash(canonical_json(self.to_dict()))}"
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+def read_config(values: dict) -> RunConfig | ImportedConfig | NgramConfig | LogConfig:
+    """The config of a run folder: trained here, imported, counted, or of a log. Raises ConfigError as `build` does."""
+    kinds = {"imported_from": ImportedConfig, "order": NgramConfig, "log": LogConfig}
     return build(next((kind for key, kind in kinds.items() if key in values), RunConfig), values)

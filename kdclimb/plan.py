@@ -146,7 +146,9 @@ def _largest(campaign: Campaign, taken: dict, data: str) -> dict:
     decisions = {"projected": {"survivors": [c.name for c in campaign.teacher.candidates]}} | taken
     teachers = [run.run_id for run in expand(campaign, decisions, data) if run.arm == "teacher"]
     teachers += campaign.teacher.imported
-    decisions = {"selected": {"run_id": teachers[0] if teachers else None}} | decisions
+    # A teacher takes its whole budget at most, and CE no more steps than that is worth.
+    whole = {"train_time_ms": campaign.budget.fraction, "budget_ms": campaign.budget.fraction}
+    decisions = {"selected": {"run_id": teachers[0] if teachers else None} | whole} | decisions
     return {"promoted": {"points": _costliest_points(campaign)}} | decisions
 
 
@@ -175,11 +177,17 @@ def _undecided(campaign: Campaign, planned: Planned) -> str:
     if "kd" in planned.undecided:
         screen = f"{count['screen']} grid points, " if "screen" in count else ""
         after = "the selection" if screen else "the screening"
-        full, seeds = count["kd"], len(campaign.train.seeds)
-        boosted, random = count.get("control_boost", 0), count["control_random"]
+        horizons, seeds = len(campaign.train.horizons), len(campaign.train.seeds)
+        names = {
+            "control_boost": "boost without KD",
+            "control_random": "random teacher",
+            "control_smooth": "label smoothing",
+            "control_extra": "extra steps",
+        }
+        controls = ", ".join(f"{count[arm]} {name}" for arm, name in names.items() if arm in count)
         parts.append(
-            f"KD, after {after}: at most {screen}{full // seeds} promoted x {seeds} seeds = {full} full runs, "
-            f"{boosted + random} controls ({boosted} boost without KD, {random} random teacher)"
+            f"KD, after {after}: at most {screen}{count['kd'] // (horizons * seeds)} promoted x {horizons} horizons x "
+            f"{seeds} seeds = {count['kd']} full runs; controls: {controls or 'none'}"
         )
     return f"Not decided yet: {'; '.join(parts)}." if parts else "All is decided."
 

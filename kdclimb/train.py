@@ -26,7 +26,7 @@ from kdclimb.config import RunConfig
 from kdclimb.data import Dataset
 from kdclimb.distill import KDController
 from kdclimb.evaluate import validate
-from kdclimb.kernels import DistillLoss, distill_loss
+from kdclimb.kernels import DenseTeacher, DistillLoss, distill_loss
 from kdclimb.model import GPT
 from kdclimb.ngram import NgramTable
 from kdclimb.optim import Optimizers
@@ -196,7 +196,8 @@ class Trainer:
                 place = self.tokens // sched.micro_batch_tokens + micro
                 loss = self.kd.loss(hidden, self.model, batch, place, alpha=alpha, measure_share=share, **options)
             else:
-                loss = distill_loss(hidden, self.model.head_weight, None, batch.labels, **options)
+                target, weights = self._uniform(hidden)
+                loss = distill_loss(hidden, self.model.head_weight, target, batch.labels, **weights, **options)
             (loss.total / num_micro).backward()
             losses.append(loss)
         self.kernel = losses[0].implementation
@@ -225,6 +226,14 @@ class Trainer:
                 if not math.isnan(measured["kd_share"]):  # not asked for, or 0 / 0 while the head is at zero
                     row["kd_share"] = measured["kd_share"]
         return row
+
+    def _uniform(self, hidden: torch.Tensor) -> tuple[DenseTeacher | None, dict]:
+        """Label smoothing as KD from a uniform teacher, whose KL has the same gradient: all its logits are 0."""
+        weight = self.config.label_smoothing
+        if not weight:
+            return None, {}
+        teacher = DenseTeacher(torch.zeros_like(hidden), self.model.head_weight.detach(), None)
+        return teacher, {"hard_weight": 1.0 - weight, "soft_weight": weight}
 
     def validate(self, progress) -> None:
         teacher = None if self.kd is None else self.kd.teacher

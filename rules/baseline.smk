@@ -1,7 +1,10 @@
 # CE student -> timing -> the teacher's budget.
+LOG = CAMPAIGN.baseline.log if CAMPAIGN.baseline.source == "log" else None
+
+
 rule ce_baseline:
     input:
-        summaries("ce"),
+        str(ROOT / Path(LOG).expanduser()) if LOG else summaries("ce"),
     output:
         f"{RESULTS}/ce/timing.csv",
     log:
@@ -9,10 +12,11 @@ rule ce_baseline:
     conda:
         "../envs/kdclimb.yaml"
     params:
-        runs=run_flags("ce"),
+        runs="" if LOG else run_flags("ce"),
+        baseline=shlex.quote(str(ROOT / Path(LOG).expanduser()) if LOG else ""),
         code=code("ce_baseline"),
     shell:
-        "python workflow/scripts/ce_baseline.py {params.runs} --out {output} > {log} 2>&1"
+        "python workflow/scripts/ce_baseline.py {params.runs} --log {params.baseline} --out {output} > {log} 2>&1"
 
 
 rule budget:

@@ -84,6 +84,18 @@ def imported_runs(arms):
     return CAMPAIGN.teacher.imported
 
 
+def logged_runs(arms):
+    """Ids of the imported logs, if they are among these arms; an error if one isn't there."""
+    if "log" not in arms:
+        return ()
+    try:
+        campaigns.check_logs(CAMPAIGN, Path("results"))
+    except ConfigError as error:
+        raise WorkflowError(f"config: {error}")
+    return CAMPAIGN.baseline.imports
+
+
+logged_runs(["log"])  # here too, for the same reason as below
 if Path(DATA, "manifest.json").is_file():  # without data nothing can be imported, and data is made by this workflow
     imported_runs(["imported"])  # here, since Snakemake drops an input function's error if the rule's output is there
 
@@ -98,7 +110,7 @@ def summaries(*arms, after=()):
     def function(wildcards):
         ids = imported_runs(arms)  # first, so that a mistake stops everything before anything is trained
         decided = [getattr(checkpoints, name).get().output[0] for name in after]
-        ids = [run.run_id for run in runs(*arms)] + list(ids)
+        ids = [*(run.run_id for run in runs(*arms)), *ids, *logged_runs(arms)]
         return [f"results/runs/{run_id}/status.json" for run_id in ids] + decided
 
     return function
@@ -110,6 +122,7 @@ def run_flags(*arms):
     def function(wildcards):
         named = [(run.arm, run.label, run.run_id) for run in runs(*arms)]
         named += [("imported", run_id, run_id) for run_id in imported_runs(arms)]
+        named += [("log", run_id, run_id) for run_id in logged_runs(arms)]
         flags = [f"{arm}|{label}|results/runs/{run_id}" for arm, label, run_id in named]
         return " ".join(f"--run {shlex.quote(flag)}" for flag in flags)
 
@@ -144,7 +157,7 @@ def copy_to_mirror():
     if MIRROR is None:
         return
     try:
-        ids = [*(run.run_id for run in runs(*ALL_ARMS)), *CAMPAIGN.teacher.imported]
+        ids = [*(run.run_id for run in runs(*ALL_ARMS)), *CAMPAIGN.teacher.imported, *CAMPAIGN.baseline.imports]
         mirror(Path("results"), Path(RESULTS), ids, MIRROR)
     except OSError as error:
         print(not_mirrored(error, MIRROR), file=sys.stderr)

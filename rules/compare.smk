@@ -11,6 +11,9 @@ ALL_ARMS = (
     "kd",
     "control_boost",
     "control_random",
+    "control_smooth",
+    "control_extra",
+    "log",
 )
 
 
@@ -24,6 +27,7 @@ rule compare:
         measured=f"{RESULTS}/teacher/measured.json",
         selected=f"{RESULTS}/teacher/selected.json",
         target=f"{RESULTS}/target.json",
+        screen=f"{RESULTS}/kd/screen.csv",
         promoted=f"{RESULTS}/kd/promoted.json",
     output:
         curves=f"{RESULTS}/tables/curves.csv",
@@ -34,6 +38,16 @@ rule compare:
             category="Comparison",
         ),
         teachers=f"{RESULTS}/tables/teachers.csv",
+        reached=f"{RESULTS}/tables/reached.csv",
+        tests=report(
+            f"{RESULTS}/tables/verdict.csv",
+            caption="../workflow/report/tests.rst",
+            category="Verdict",
+        ),
+        trend=f"{RESULTS}/tables/steps_saved_trend.csv",
+        break_even=f"{RESULTS}/tables/break_even.csv",
+        stop=f"{RESULTS}/tables/stop_conditions.csv",
+        summary=f"{RESULTS}/tables/teacher_budget10_summary.csv",
         verdict=report(
             f"{RESULTS}/verdict.json",
             caption="../workflow/report/verdict.rst",
@@ -45,13 +59,16 @@ rule compare:
         "../envs/kdclimb.yaml"
     params:
         runs=run_flags(*ALL_ARMS),
+        rules=shlex.quote(json.dumps(dataclasses.asdict(CAMPAIGN.verdict))),
         clock=CAMPAIGN.budget.clock,
         exploratory="--exploratory" if CAMPAIGN.exploratory else "",
         code=code("compare"),
     shell:
         "python workflow/scripts/compare.py {params.runs} --budget {input.budget} --probe {input.probe} --projected {input.projected}"
         " --trained {input.trained} --measured {input.measured} --selected {input.selected}"
-        " --target {input.target} --promoted {input.promoted} --clock {params.clock} {params.exploratory}"
+        " --target {input.target} --screen {input.screen} --promoted {input.promoted} --clock {params.clock} {params.exploratory}"
+        " --rules {params.rules} --out-reached {output.reached} --out-tests {output.tests} --out-trend {output.trend}"
+        " --out-break-even {output.break_even} --out-stop {output.stop} --out-summary {output.summary}"
         " --out-curves {output.curves} --out-runs {output.runs} --out-compare {output.compare}"
         " --out-teachers {output.teachers} --out-verdict {output.verdict} > {log} 2>&1"
 
@@ -72,6 +89,7 @@ rule ledger:
         "../envs/kdclimb.yaml"
     params:
         runs=run_flags(*ALL_ARMS),
+        exploratory="--exploratory" if CAMPAIGN.exploratory else "",
         code=code("ledger"),
     shell:
-        "python workflow/scripts/ledger.py {params.runs} --target {input.target} --out {output} > {log} 2>&1"
+        "python workflow/scripts/ledger.py {params.runs} --target {input.target} {params.exploratory} --out {output} > {log} 2>&1"

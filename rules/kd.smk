@@ -118,9 +118,12 @@ rule kd_full:
         "python workflow/scripts/kd_full.py {params.runs} --target {input.target} --out {output} > {log} 2>&1"
 
 
+CONTROLS = ("control_boost", "control_random", "control_smooth", "control_extra")
+
+
 rule controls:
     input:
-        runs=summaries("control_boost", "control_random", after=["kd_promote"]),
+        runs=summaries(*CONTROLS, after=["kd_promote"]),
         target=f"{RESULTS}/target.json",
     output:
         f"{RESULTS}/controls.csv",
@@ -129,7 +132,7 @@ rule controls:
     conda:
         "../envs/kdclimb.yaml"
     params:
-        runs=run_flags("control_boost", "control_random"),
+        runs=run_flags(*CONTROLS),
         code=code("controls"),
     shell:
         "python workflow/scripts/controls.py {params.runs} --target {input.target} --out {output} > {log} 2>&1"

@@ -11,6 +11,12 @@ rule report:
         full=f"{RESULTS}/kd/full.csv",
         controls=f"{RESULTS}/controls.csv",
         ledger=f"{RESULTS}/tables/ledger.csv",
+        reached=f"{RESULTS}/tables/reached.csv",
+        tests=f"{RESULTS}/tables/verdict.csv",
+        trend=f"{RESULTS}/tables/steps_saved_trend.csv",
+        break_even=f"{RESULTS}/tables/break_even.csv",
+        stop=f"{RESULTS}/tables/stop_conditions.csv",
+        summary=f"{RESULTS}/tables/teacher_budget10_summary.csv",
         budget=f"{RESULTS}/budget.json",
         selected=f"{RESULTS}/teacher/selected.json",
         target=f"{RESULTS}/target.json",
@@ -34,6 +40,7 @@ rule report:
         ),
         alive=multiext(f"{RESULTS}/figures/kd_alive", ".svg", ".png"),
         isolates=multiext(f"{RESULTS}/figures/isolates", ".svg", ".png"),
+        trend=multiext(f"{RESULTS}/figures/steps_saved_trend", ".svg", ".png"),
         pngs=expand(f"{RESULTS}/figures/{{name}}.png", name=["val_loss_steps", "val_loss_time", "teachers"]),
     log:
         f"{RESULTS}/logs/report.log",
@@ -46,6 +53,8 @@ rule report:
         "python workflow/scripts/report.py --curves {input.curves} --runs {input.runs} --compare {input.compare}"
         " --teachers {input.teachers} --timing {input.timing} --screen {input.screen}"
         " --isolates {input.isolates} --full {input.full} --controls {input.controls}"
+        " --reached {input.reached} --tests {input.tests} --trend {input.trend} --break-even {input.break_even}"
+        " --stop {input.stop} --summary {input.summary}"
         " --ledger {input.ledger} --budget {input.budget} --selected {input.selected}"
         " --target {input.target} --verdict {input.verdict} --campaign {params.campaign}"
         " --figures $(dirname {output.steps}) --out {output.page} > {log} 2>&1"

@@ -96,6 +96,7 @@ rule target:
     conda:
         "../envs/kdclimb.yaml"
     params:
+        fixed=shlex.quote(json.dumps(CAMPAIGN.verdict.targets)),
         code=code("target"),
     shell:
-        "python workflow/scripts/target.py --selected {input} --out {output} > {log} 2>&1"
+        "python workflow/scripts/target.py --selected {input} --fixed {params.fixed} --out {output} > {log} 2>&1"

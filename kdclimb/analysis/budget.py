@@ -19,6 +19,8 @@ from kdclimb.analysis.tables import (
     write_csv,
 )
 from kdclimb.artifacts import write_json
+from kdclimb.imported import LOGGED
+from kdclimb.logs import log_config, read_log, summary
 
 BUDGET_KEYS = ("budget_ms", "ce_train_time_ms", "clock", "code_hashes", "device", "fraction", "horizon", "threads")
 ISOLATE_COLUMNS = (
@@ -36,12 +38,15 @@ ISOLATE_COLUMNS = (
 TIMED_ON = ("device", "threads", "clock")
 
 
-def ce_baseline(runs: list[RunFolder], out: Path) -> None:
-    """Collect the CE runs, one row each.
+def ce_baseline(runs: list[RunFolder], out: Path, log: str = "") -> None:
+    """Collect the CE runs, one row each; or the one run that a training log tells of, if `log` names one.
 
-    Raises AnalysisError, which stops the campaign, where one of them failed, or where one of those that
-    set the budget shared its device under the measured clock.
+    Raises AnalysisError, which stops the campaign, where one of them failed, where one of those that set the budget
+    shared its device under the measured clock, and where a log does not hold a whole CE run.
     """
+    if log:
+        write_csv(out, RUN_COLUMNS, [_logged_row(Path(log).expanduser())])
+        return
     if not runs:
         raise AnalysisError("no CE run was given")
     last = max(run.horizon for run in runs)
@@ -54,6 +59,19 @@ def ce_baseline(runs: list[RunFolder], out: Path) -> None:
     if problems:
         raise AnalysisError("the CE baseline is not complete:\n" + "\n".join(_remedy(*problem) for problem in problems))
     write_csv(out, RUN_COLUMNS, [run.row() for run in runs])
+
+
+def _logged_row(path: Path) -> dict:
+    try:
+        log = read_log(path)
+    except ValueError as error:
+        raise AnalysisError(f"baseline.log: {error}") from error
+    problems = [*log.problems, *(["it is a KD run's"] if log.kd else [])]
+    if problems:
+        raise AnalysisError(f"baseline.log: {path} can't set the budget: {'; '.join(problems)}")
+    config = log_config(log)
+    place = {"arm": "ce", "label": path.name, "horizon": config.horizon, "kind": config.kind, "reason": ""}
+    return summary(log) | place
 
 
 def _remedy(run: RunFolder, what: str) -> str:
@@ -94,7 +112,7 @@ def set_budget(timing: Path, fraction: float, out: Path) -> None:
         "horizon": horizon,
         "fraction": fraction,
         "budget_ms": ce_ms * fraction,
-        "code_hashes": sorted({row["code_hash"] for row in rows}),
+        "code_hashes": sorted({row["code_hash"] for row in rows if row["code_hash"]}),
     }
     write_json(out, decision | timed_on)
 
@@ -104,9 +122,14 @@ def read_budget(path: Path) -> dict:
 
 
 def refuse_timing(row: dict, reference: dict) -> str:
-    """Why the time of `row` can't be held against that of `reference`; empty where it can."""
+    """Why the time of `row` can't be held against that of `reference`; empty where it can.
+
+    A log's time is taken as it stands: that it is another machine's is known, and forbids every claim.
+    """
     if is_shared(row):
         return "timing refused: the run shared its device; train it again alone"
+    if reference["clock"] == LOGGED:
+        return ""
     differ = [f"{key} {row[key]} against {reference[key]}" for key in TIMED_ON if row[key] != reference[key]]
     return f"timing refused: {', '.join(differ)}" if differ else ""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -35,6 +36,9 @@ ARM_STYLE = {  # arm: (name, colour, line style)
     "ngram": ("KD from n-grams", "kd", ":"),
     "control_boost": ("CE, LR boost", "boost", "--"),
     "control_random": ("KD, random teacher", "random", "-."),
+    "control_smooth": ("CE, label smoothing", "muted", "--"),
+    "control_extra": ("CE, teacher's time in steps", "ink", ":"),
+    "log": ("imported log", "muted", "-."),
 }
 SIZE = (5.4, 3.5)  # inches: as wide as a phone in CSS pixels, so that text keeps its size there
 FIRST_VALIDATIONS = 8
@@ -67,6 +71,9 @@ def draw(folder: Path, data: dict) -> dict[str, str]:
     drawings = {
         "val_loss_steps": lambda axes: _curves(axes, data, "step"),
         "val_loss_time": lambda axes: _curves(axes, data, "train_time_ms"),
+        "steps_saved_trend": lambda axes: _trend(
+            axes, data["trend"], data["target"]["value"], data["verdict"]["point"]
+        ),
         "kd_alive": lambda axes: _alive(axes, data["curves"], data["screen"], data["verdict"]["point"]),
         "teachers": lambda axes: _teachers(axes, data["teachers"], data["budget"]),
         "isolates": lambda axes: _isolates(axes, data["isolates"]),
@@ -121,6 +128,7 @@ def _by_run(rows: list[dict]) -> dict[tuple, list[dict]]:
 
 def _line(axes: Axes, rows: list[dict], x: str, **style) -> None:
     scale = 1000 if x.endswith("_ms") else 1
+    rows = [row for row in rows if row[x] is not None]  # an old log has no times
     axes.plot([row[x] / scale for row in rows], [row["val_loss"] for row in rows], linewidth=1.5, **style)
 
 
@@ -129,8 +137,8 @@ def _curves(axes: Axes, data: dict, x: str) -> bool:
     budget, target = data["budget"], data["target"]["value"]
     timed = x != "step"
     stops = {row["run_id"]: row["kd_stop_step"] for row in data["runs"]}
-    rows = [row for row in data["curves"] if row["horizon"] == budget["horizon"] and row["step"] > 0]
-    groups = {key: group for key, group in _by_run(rows).items() if key[0] in ("ce", "kd", "control_boost")}
+    rows = [row for row in data["curves"] if row["horizon"] == data["verdict"]["horizon"] and row["step"] > 0]
+    groups = {key: group for key, group in _by_run(rows).items() if key[0] in ("ce", "kd", "control_boost", "log")}
     several = len({label for arm, label, _ in groups if arm == "kd"}) > 1
     for (arm, label, run_id), group in groups.items():
         name, colour, dashes = ARM_STYLE[arm]
@@ -149,6 +157,25 @@ def _curves(axes: Axes, data: dict, x: str) -> bool:
     axes.set_ylabel("validation loss (nats)")
     _legend(axes)
     return bool(groups)
+
+
+def _trend(axes: Axes, trend: list[dict], target: float | None, point: str | None) -> bool:
+    """Steps saved at CE's losses, from its first to its last; where KD never stood at one, the line has a gap."""
+    rows = [row for row in trend if row["label"] == point]
+    for seed, dashes in zip(dict.fromkeys(row["seed"] for row in rows), cycle(("-", "--", ":", "-."))):
+        mine = [row for row in rows if row["seed"] == seed]
+        saved = [float("nan") if row["steps_saved"] is None else row["steps_saved"] for row in mine]
+        style = {"color": COLOURS["kd"], "linestyle": dashes, "marker": "o", "markersize": 3, "linewidth": 1.5}
+        axes.plot([row["val_loss"] for row in mine], saved, label=f"seed {seed}", **style)
+    axes.axhline(0, color=COLOURS["muted"], linewidth=1)
+    if target is not None:
+        axes.axvline(target, color=COLOURS["muted"], linewidth=1, linestyle=(0, (4, 2)), label="target")
+    axes.invert_xaxis()
+    axes.set_xlabel("validation loss (nats)")
+    axes.set_ylabel("steps saved")
+    if rows:
+        _legend(axes)
+    return bool(rows)
 
 
 def _alive(axes: Axes, curves: list[dict], screen: list[dict], point: str | None) -> bool:

@@ -6,12 +6,13 @@ from collections import Counter
 from pathlib import Path
 
 from kdclimb.analysis.tables import RunFolder, write_csv
-from kdclimb.analysis.targets import crossing, read_target
+from kdclimb.analysis.targets import crossing, read_target, stability
 from kdclimb.config import RunConfig
 
-LEDGER_COLUMNS = tuple(
+LEDGER_COLUMNS = tuple(  # the seed's, then ours
     "run_id mode teacher_params_m teacher_steps teacher_train_time_ms alpha temp kd_lr_boost student_steps best_val "
-    "final_val steps_to_target status artifact_dir kd_cache_ms kd_cache_ms_amortised".split()
+    "final_val steps_to_target status artifact_dir seed tokens active_flops val_instability clock device code_hash "
+    "data_hash enters_claims kd_cache_ms kd_cache_ms_amortised".split()
 )
 MODES = {
     "ce": "ce_baseline",
@@ -25,16 +26,23 @@ MODES = {
     "ngram": "kd_ngram",
     "control_boost": "ce_lr_boost",
     "control_random": "kd_random_teacher",
+    "control_smooth": "ce_label_smoothing",
+    "control_extra": "ce_extra_steps",
+    "log": "imported_log",
 }
 TEACHER_ARMS = ("probe", "teacher", "imported", "ngram_teacher")
-TARGET_ARMS = ("ce", "screen", "kd", "ngram", "control_boost", "control_random")  # whose steps to target mean something
+TARGET_ARMS = tuple(
+    arm for arm in MODES if arm not in (*TEACHER_ARMS, "isolate")
+)  # whose steps to target mean something
 NOT_APPLICABLE = "-"
 
 
-def ledger(runs: list[RunFolder], target: Path, out: Path) -> None:
+def ledger(runs: list[RunFolder], target: Path, exploratory: bool, out: Path) -> None:
     """Write one row for each distinct run, in the order of the arms; a run shared by arms counts for the first.
 
-    Parameters are the stored ones in millions, times ms, losses nats, and alpha the weight of the KD term.
+    Parameters are the stored ones in millions, times ms, losses nats, and alpha the weight of the KD term; active FLOPs
+    count what a token passes through, the teacher's forward pass where KD was on. val_instability is the sum of the
+    upward moves of the validation loss.
     """
     goal = read_target(target)
     distinct: dict[str, RunFolder] = {}
@@ -42,7 +50,10 @@ def ledger(runs: list[RunFolder], target: Path, out: Path) -> None:
         distinct.setdefault(run.run_id, run)
     teachers = {run.run_id: run for run in runs if run.arm in TEACHER_ARMS and run.arm != "probe"}
     sharing = Counter(run.config.kd.cache for run in distinct.values() if run.config.kd)
-    rows = [_ledger_row(run, teachers, goal) | _cache_cells(run, sharing) for run in distinct.values()]
+    rows = [
+        _ledger_row(run, teachers, goal) | _ours(run, exploratory) | _cache_cells(run, sharing)
+        for run in distinct.values()
+    ]
     write_csv(out, LEDGER_COLUMNS, [{k: NOT_APPLICABLE if v is None else v for k, v in row.items()} for row in rows])
 
 
@@ -77,3 +88,41 @@ def _ledger_row(run: RunFolder, teachers: dict[str, RunFolder], target: dict) ->
         "status": run.status,
         "artifact_dir": run.folder,
     }
+
+
+def _ours(run: RunFolder, exploratory: bool) -> dict:
+    row, losses = run.summary, [v["val_loss"] for v in run.val]
+    return {
+        "seed": run.config.seed,
+        "tokens": row["tokens"],
+        "active_flops": active_flops(run),
+        "val_instability": stability(run) if None not in losses else None,
+        "clock": run.config.clock,
+        "device": row["device"] or None,
+        "code_hash": row["code_hash"] or None,
+        "data_hash": row["data_hash"] or None,
+        "enters_claims": f"no: {why}" if (why := barred(run, exploratory)) else "yes",
+    }
+
+
+def active_flops(run: RunFolder) -> float | None:
+    """FLOPs of all training tokens: the student's, and the teacher's for the tokens of steps with KD."""
+    row = run.summary
+    if not row["tokens"] or row["flops_per_token"] is None:
+        return None
+    taught = sum(step["batch_tokens"] or 0 for step in run.steps if step["kd_active"])
+    return row["tokens"] * row["flops_per_token"] + taught * (row["teacher_flops_per_token"] or 0.0)
+
+
+def barred(run: RunFolder, exploratory: bool) -> str:
+    """Why a run can enter no claim; empty where it can."""
+    if run.arm in ("probe", "isolate", "screen"):
+        return "a part of a run" if run.arm != "screen" else "it chose, and does not judge"
+    if run.imported:
+        return "provisional" if not run.ok else "imported"
+    reasons = {
+        "exploratory": exploratory,
+        run.status: not run.ok,
+        f"{run.config.clock} time": run.config.clock != "measured",
+    }
+    return ", ".join(reason for reason, holds in reasons.items() if holds)

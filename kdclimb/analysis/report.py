@@ -13,17 +13,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kdclimb.analysis.budget import BUDGET_KEYS, ISOLATE_COLUMNS
+from kdclimb.analysis.checklist import STOP_COLUMNS, SUMMARY_COLUMNS
 from kdclimb.analysis.compare import COMPARE_COLUMNS, CURVE_COLUMNS, SAVINGS, TEACHER_COLUMNS
 from kdclimb.analysis.figures import ARM_STYLE, draw
 from kdclimb.analysis.ledger import LEDGER_COLUMNS
+from kdclimb.analysis.savings import BREAK_EVEN_COLUMNS, TREND_COLUMNS
 from kdclimb.analysis.selection import SELECTED_KEYS
 from kdclimb.analysis.tables import RUN_COLUMNS, TEXT, read_csv, read_json, show_ms, show_number
-from kdclimb.analysis.targets import COLLECTED_COLUMNS, SCREEN_COLUMNS, TARGET_KEYS
+from kdclimb.analysis.targets import COLLECTED_COLUMNS, REACHED_COLUMNS, SCREEN_COLUMNS, TARGET_KEYS
+from kdclimb.analysis.tested import VERDICT_COLUMNS
 from kdclimb.artifacts import write_text
 
 VERDICT_KEYS = (
     "sentence claimable not_claimable_because kd_alive kd_pays_steps kd_pays_time_with_teacher n_seeds steps_saved_min "
-    "steps_saved_max budget_share teacher_ms point"
+    "steps_saved_max budget_share teacher_ms point horizon rules tuning"
 ).split() + [f"{column}_mean" for column in SAVINGS]
 TABLES = {
     "timing": RUN_COLUMNS,
@@ -36,6 +39,12 @@ TABLES = {
     "runs": RUN_COLUMNS,
     "compare": COMPARE_COLUMNS,
     "ledger": LEDGER_COLUMNS,
+    "reached": REACHED_COLUMNS,
+    "tests": VERDICT_COLUMNS,
+    "trend": TREND_COLUMNS,
+    "break_even": BREAK_EVEN_COLUMNS,
+    "stop": STOP_COLUMNS,
+    "summary": SUMMARY_COLUMNS,
 }
 DECISIONS = {"budget": BUDGET_KEYS, "selected": SELECTED_KEYS, "target": TARGET_KEYS, "verdict": VERDICT_KEYS}
 INPUTS = (*TABLES, *DECISIONS)
@@ -82,7 +91,7 @@ class Page:
 
     @property
     def horizon(self) -> int:
-        return self.data["budget"]["horizon"]
+        return self.data["verdict"]["horizon"]
 
 
 def quantity(key: str, show: Callable, signed: bool = False, lower_is_better: bool = False) -> Callable[[dict], str]:
@@ -238,7 +247,7 @@ COMPARED: list[Column] = [
 
 
 def compare_section(page: Page) -> str:
-    rows = [row for row in page.data["compare"] if row["arm"] in ("ce", "kd")]
+    rows = [row for row in page.data["compare"] if row["arm"] in ("ce", "kd", "log")]
     why = f": {escape(page.data['target']['reason'])}" if page.data["target"]["value"] is None else ""
     lead = (
         "Reaching the target takes two validations in a row at or below it. Each run is held against the CE run of the "
@@ -252,17 +261,116 @@ def compare_section(page: Page) -> str:
     return section("Steps and time to the target", lead, *parts)
 
 
+MEASURES = {"crossing": "on the way", "horizon": "complete horizon", "final": "at the end"}
+COST_NAMES = {
+    "steps": "steps",
+    "tokens": "tokens",
+    "time_ms": "time",
+    "time_with_teacher_ms": "time, + teacher",
+    "time_amortized_ms": "time, + teacher shared",
+    "val_loss": "loss",
+}
+
+
+def percent(key: str) -> Callable[[dict], str]:
+    """The saving, in percent, that the ratio under `key` is."""
+    return quantity(key, lambda ratio: f"{100 * (1 - ratio):+.1f} %")
+
+
+def compared(row: dict) -> str:
+    name = f"{ARM_NAMES[row['arm']]} against {ARM_NAMES[row['against']]}"
+    where = MEASURES[row["measure"]] + (f", to {row['target_value']:.4f} nats" if row["target_value"] else "")
+    return f"{escape(name)}<small>{escape(where)}</small>"
+
+
+def said(row: dict) -> str:
+    note = f"<small>{escape(row['note'])}</small>" if row["note"] else ""
+    return f'<span class="words">{escape(row["outcome"]) or NOTHING}</span>{note}'
+
+
+def tests_section(page: Page) -> str:
+    rules, verdict = page.data["verdict"]["rules"], page.data["verdict"]
+    columns = [
+        Column("What", compared, words=True),
+        Column("Cost", lambda row: COST_NAMES[row["cost"]], words=True),
+        Column("Saved", percent("ratio")),
+        Column("from", percent("high")),
+        Column("to", percent("low")),
+        Column("p", quantity("p_sooner", "{:.2g}".format)),
+        Column("Holm", quantity("p_holm", "{:.2g}".format)),
+        Column("Seeds", number("n_pairs")),
+        Column("censored", number("n_censored")),
+        Column("Seeds needed", number("seeds_needed")),
+        Column("Could be seen", quantity("smallest_effect", "{:.0%}".format)),
+        Column("Outcome", said, words=True),
+    ]
+    lead = (
+        "Pairs of one seed; saved is 1 minus the ratio of their figures. Set before the runs: intervals at "
+        f"{rules['confidence']:.0%}, one-sided p below {rules['p_value']:g} after Holm&rsquo;s adjustment, "
+        f"power {rules['power']:.0%}, a teacher shared by {rules['amortize']} students. On the way, a run meets a "
+        "target while its LR is still high: that shows how fast it learns, not what a run that stops there would "
+        "cost. The complete horizon is the shortest run that ends at the target, as a speedrun would pay for it, "
+        "and known no finer than the horizons are close. &lsquo;Seeds needed&rsquo; would show a saving of the size "
+        "measured; &lsquo;could be seen&rsquo; is the smallest that these could show."
+    )
+    tuning = f'<p class="empty">{escape(verdict["tuning"])}</p>'
+    judged = [row for row in page.data["tests"] if row["cost"] != "tokens"]
+    parts = table(judged, columns, "nothing was compared"), tuning, page.links("tests", "reached")
+    return section("How sure", lead, *parts)
+
+
+def trend_section(page: Page) -> str:
+    lead = (
+        "Steps saved at each loss at which CE stood at a validation, at the full horizon. Left is early; above the "
+        "line KD is ahead. A lead that shrinks to the right does not last."
+    )
+    figure = page.figure("steps_saved_trend", "CE&rsquo;s step less KD&rsquo;s at the same loss, one line a seed.")
+    return section("Where KD saves", lead, figure, page.links("trend"))
+
+
+def break_even_section(page: Page) -> str:
+    share = "{:.0%}".format
+    columns = [
+        Column("Target", lambda row: f"{row['target_value']:.4f}"),
+        Column("Point", text("label"), words=True),
+        Column("Overhead of a step with KD", quantity("overhead", share)),
+        Column("Steps with KD", quantity("kd_share_of_steps", share)),
+        Column("Teacher, of CE&rsquo;s time", quantity("teacher_share", share)),
+        Column("Saving needed", quantity("needed", share)),
+        Column("needed if shared", quantity("needed_amortized", share)),
+        Column("Saving measured", quantity("measured", share)),
+        Column("from", quantity("measured_low", share)),
+        Column("to", quantity("measured_high", share)),
+    ]
+    lead = (
+        "What share of CE&rsquo;s steps KD must save to be level in time to the target, beside the share that it saved."
+    )
+    rows = table(page.data["break_even"], columns, "nothing was compared")
+    return section("Break-even", lead, rows, page.links("break_even"))
+
+
 def controls_section(page: Page) -> str:
     rows = [row for row in page.data["compare"] if row["arm"].startswith("control")]
     lead = (
-        "What else could explain a gain: the same LR boost without KD, and KD from a teacher with random weights. The "
-        "random one runs at the screen&rsquo;s horizon only."
+        "What else could explain a gain: the same LR boost without KD, label smoothing, and KD from a teacher with "
+        "random weights, which runs at the screen&rsquo;s horizon only. CE with the teacher&rsquo;s time in further "
+        "steps has a horizon of its own, and is compared by its end."
     )
     return section("Controls", lead, table(rows, COMPARED, "no control was run"), page.links("controls", "compare"))
 
 
 def candidate(row: dict) -> str:
     return text("candidate")(row) + ("<small>imported; time declared</small>" if row["imported"] else "")
+
+
+def promoted(row: dict) -> str:
+    """The checklist: yes or no, and below it the points that are not met or not known."""
+    names = {"budget": "budget", "falling": "falling", "no_oom": "no OOM", "artifacts": "artifacts"}
+    parts = [
+        f"{name} {row[f'check_{key}'] or 'not known'}: {row[f'check_{key}_by'] or 'not trained'}"
+        for key, name in names.items()
+    ]
+    return f"{text('promoted')(row)}<small>{escape('; '.join(parts))}</small>"
 
 
 def teachers_section(page: Page) -> str:
@@ -273,6 +381,8 @@ def teachers_section(page: Page) -> str:
         Column("Measured", ms("train_time_ms")),
         Column("Final val", nats("final_val")),
         Column("MFLOPs a token", quantity("flops_per_token", lambda flops: show_number(flops / 1e6, 2))),
+        Column("Promote", promoted, words=True),
+        Column("Projection off by", quantity("projection_error", "{:+.0%}".format)),
         Column("Reason", lambda row: f'<span class="words">{text("reason")(row)}</span>', words=True),
     ]
     lead = (
@@ -282,7 +392,17 @@ def teachers_section(page: Page) -> str:
     )
     rows = table(page.data["teachers"], columns, "no candidate was tried", lambda row: row["verdict"] == "selected")
     figure = page.figure("teachers", "Training time against loss. Left of the dashed line is within the budget.")
-    return section("Teachers", lead, figure, rows, page.links("teachers"))
+    return section("Teachers", lead, figure, rows, page.links("teachers", "summary"))
+
+
+def stop_section(page: Page) -> str:
+    columns = [
+        Column("May stop", text("condition"), words=True),
+        Column("Met", text("met"), words=True),
+        Column("Evidence", lambda row: f'<span class="words">{text("evidence")(row)}</span>', words=True),
+    ]
+    lead = "What the campaign set out to answer, and whether it did."
+    return section("Stop conditions", lead, table(page.data["stop"], columns, ""), page.links("stop"))
 
 
 def screen_section(page: Page) -> str:
@@ -320,12 +440,15 @@ def isolates_section(page: Page) -> str:
 def ledger_section(page: Page) -> str:
     words = ("run_id", "mode", "status", "artifact_dir")
     columns = [Column(name, _ledger_cell(name), name in words) for name in LEDGER_COLUMNS]
-    lead = "Every run of the campaign. &lsquo;-&rsquo; means not applicable; alpha is the weight of the KD term."
+    lead = (
+        "Every run of the campaign. &lsquo;-&rsquo; means not applicable; alpha is the weight of the KD term; "
+        "val_instability is the sum of the upward moves of the validation loss, in nats."
+    )
     return section("Ledger", lead, table(page.data["ledger"], columns, "no run"), page.links("ledger"))
 
 
 def _ledger_cell(name: str) -> Callable[[dict], str]:
-    digits = {"teacher_params_m": 3, "teacher_train_time_ms": 0, "best_val": 4, "final_val": 4}
+    digits = {"teacher_params_m": 3, "teacher_train_time_ms": 0, "best_val": 4, "final_val": 4, "val_instability": 4}
 
     def cell(row: dict) -> str:
         value = row[name]
@@ -347,6 +470,8 @@ def glossary_section(page: Page) -> str:
         "teacher looks free, which it is only if it is used many times.",
         "time": "training steps and data loading; compilation, validation and checkpoints are not in it.",
         "loss": "mean cross-entropy per token, in nats.",
+        "on the way, complete horizon": "where a long run first meets the target, and the shortest complete run that "
+        "ends at it. Only the second can&rsquo;t be flattered by the schedule.",
         "mean of n seeds": "over the seeds with which CE and KD both reached the target. With few, read the range.",
         "NOT A CLAIM": "the numbers are what was measured, but one of the conditions for claiming them is not met.",
     }
@@ -357,13 +482,17 @@ def glossary_section(page: Page) -> str:
 SECTIONS = (
     verdict_section,
     budget_section,
+    tests_section,
     curves_section,
+    trend_section,
     compare_section,
+    break_even_section,
     alive_section,
     controls_section,
     teachers_section,
     screen_section,
     isolates_section,
+    stop_section,
     ledger_section,
     glossary_section,
 )

@@ -22,14 +22,16 @@ from pathlib import Path
 from kdclimb import artifacts
 from kdclimb.artifacts import SUMMARY_COLUMNS, VAL_COLUMNS
 from kdclimb.config import ConfigError, NgramConfig, RunConfig
-from kdclimb.imported import ImportedConfig, read_config
+from kdclimb.imported import ImportedConfig, LogConfig, read_config
 
 STEP_COLUMNS = ("step", "tokens", "train_time_ms", "batch_tokens", "kd_share", "kd_active")  # those that are read here
 # A run in a campaign's table. The trainer's own `arm` (ce, kd, ...) is called kind here, since arm is the stage.
 RUN_COLUMNS = ("arm", "label", "horizon", "kind", *(c for c in SUMMARY_COLUMNS if c != "arm"), "reason")
 TEXT = frozenset(
     "arm label kind run_id probe_run_id candidate status reason device clock code_hash data_hash miss_reason "
-    "time_note verdict missing_artifacts".split()
+    "time_note verdict missing_artifacts measure target against cost note outcome "
+    "kind condition met evidence promoted check_budget check_budget_by check_falling check_falling_by check_no_oom "
+    "check_no_oom_by check_artifacts check_artifacts_by".split()
 )
 WARMUP_STEPS = 2  # the first steps are slower on every device, and a probe is too short to dilute them
 INTEGER = re.compile(r"-?\d+")
@@ -99,7 +101,7 @@ class RunFolder:
     arm: str
     label: str
     folder: Path
-    config: RunConfig | ImportedConfig | NgramConfig
+    config: RunConfig | ImportedConfig | NgramConfig | LogConfig
     status: str
     reason: str
     summary: dict
@@ -133,8 +135,12 @@ class RunFolder:
 
     @property
     def imported(self) -> bool:
-        """Whether it was trained elsewhere: its time is declared then, and it has one validation and no steps."""
-        return isinstance(self.config, ImportedConfig)
+        """Whether it was trained elsewhere: a teacher, of declared time and one validation; or known by its log."""
+        return isinstance(self.config, ImportedConfig | LogConfig)
+
+    @property
+    def logged(self) -> bool:
+        return isinstance(self.config, LogConfig)
 
     @property
     def horizon(self) -> int:
@@ -142,7 +148,8 @@ class RunFolder:
 
     @property
     def ok(self) -> bool:
-        return self.status == "ok"
+        """Whether it ended as it should. A log that is whole tells of such a run; one that is provisional doesn't."""
+        return self.status in ("ok", "imported")
 
     @cached_property
     def val(self) -> list[dict]:
@@ -159,6 +166,8 @@ class RunFolder:
         owed = [column for column in ("step", "tokens", "train_time_ms", "val_loss") if column in columns]
         if self.imported:
             owed.remove("tokens")
+        if self.logged:
+            owed.remove("train_time_ms")  # the oldest logs have none
         for i, row in enumerate(rows):
             if None in (row[column] for column in owed):
                 raise AnalysisError(f"{self.folder / name}: row {i + 1} lacks one of {', '.join(owed)}")

@@ -333,6 +333,7 @@ def config(num_layers=4, num_heads=4, horizon=60, kd=None, clock="measured"):
         validation=ValidationConfig(25, 4096, None),
         attention=AttentionConfig("auto", False),
         kd=kd,
+        label_smoothing=0.0,
         seed=0,
         device="cuda",
         clock=clock,

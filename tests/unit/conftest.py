@@ -33,7 +33,7 @@ def tiny_runs(tiny, manifest):
     point = campaign.grid_points(tiny.kd.grid)[0].name
     decisions = {
         "projected": {"survivors": [name]},
-        "selected": {"run_id": teacher.run_id},
+        "selected": {"run_id": teacher.run_id, "train_time_ms": 0.1, "budget_ms": 0.1},
         "promoted": {"points": [point]},
     }
     return campaign.expand(tiny, decisions, data)

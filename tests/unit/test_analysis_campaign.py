@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from test_analysis_synthetic import SyntheticCampaign, read_rows
 
-FIGURES = ("isolates", "kd_alive", "teachers", "val_loss_steps", "val_loss_time")
+FIGURES = ("isolates", "kd_alive", "steps_saved_trend", "teachers", "val_loss_steps", "val_loss_time")
 POINT = "T1-boost1.5-hold0.15-drop0.35"
 
 
@@ -53,13 +53,16 @@ def test_tables_cover_every_run_of_every_arm(campaign):
     ]
     curves = read_rows(campaign.path("tables/curves.csv"))
     assert {row["run_id"] for row in curves} == {row["run_id"] for row in runs}
-    kd = [row for row in curves if row["arm"] == "kd" and row["seed"] == "0" and row["step"] == "25"]
+    kd = [
+        row
+        for row in curves
+        if row["arm"] == "kd" and row["seed"] == "0" and row["step"] == "25" and row["horizon"] == "300"
+    ]
     assert [(row["train_time_ms"], row["time_with_teacher_ms"]) for row in kd] == [("300.0", "375.0")]
     assert len(read_rows(campaign.path("tables/ledger.csv"))) == len({run.run_id for run in campaign.expanded()})
     compared = read_rows(campaign.path("tables/compare.csv"))
-    assert [row["arm"] for row in compared] == ["ce"] * 4 + ["kd"] * 2 + ["control_boost"] * 2 + ["screen"] * 4 + [
-        "control_random"
-    ]
+    arms = {"ce": 10, "kd": 9, "control_boost": 3, "control_smooth": 3, "control_extra": 3, "screen": 4}
+    assert [row["arm"] for row in compared] == [a for a, n in (arms | {"control_random": 1}).items() for _ in range(n)]
 
 
 def test_teachers_table_says_what_became_of_each(campaign):
@@ -75,7 +78,7 @@ def test_report_is_self_contained_and_its_links_lead_somewhere(campaign):
     page = page_of(campaign)
     assert not re.search(r'(?:src|href)="(?:https?:)?//|@import|<script|<img', page)
     links = set(re.findall(r'<a href="([^"]+)"', page))
-    assert len(links) == 14
+    assert len(links) == 20
     for link in links:
         assert (campaign.path("report") / link).is_file(), link
 

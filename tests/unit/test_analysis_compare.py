@@ -3,13 +3,16 @@
 import pytest
 from test_analysis_synthetic import make_config, run_folder
 
-from kdclimb.analysis import compare
+from kdclimb.analysis import compare, verdict
+from kdclimb.analysis.paired import Rules
 from kdclimb.analysis.tables import AnalysisError
+from kdclimb.analysis.tested import verdict_rows
 
 TEACHER = {"run_id": "teacher", "candidate": "A", "train_time_ms": 300.0, "final_val": 5.0, "budget_ms": 400.0}
 TEACHER |= {"imported": False}
 BUDGET = {"budget_ms": 400.0, "horizon": 100, "clock": "measured"}
-TARGET = {"value": 5.0, "consecutive": 2, "source": "teacher_final_val", "reason": "of a test"}
+TARGET = {"value": 5.0, "consecutive": 2, "source": "teacher_final_val", "reason": "of a test", "fixed": []}
+RULES = Rules(confidence=0.95, p_value=0.01, power=0.8)
 POINTS = {"points": ["T1"], "reason": "best 1 of 1"}
 AT_50, AT_75, NEVER = [6.0, 4.9, 4.8, 4.7], [6.0, 5.5, 4.8, 4.6], [6.5, 6.2, 6.0, 5.9]
 AT_25 = [4.9, 4.8, 4.7, 4.5]
@@ -32,8 +35,9 @@ def make(folder, arm, losses, seed=0, horizon=100, **values):
 
 def judge(runs, clock="measured", exploratory=False, points=POINTS):
     rows = compare.compare_rows(runs, TARGET, TEACHER)
-    doubts = compare.doubts_of(rows, runs, points["points"], clock, exploratory)
-    return compare.verdict(rows, BUDGET, TEACHER, TARGET, points, doubts)
+    tested = verdict_rows(compare.reach(runs, TARGET, TEACHER, amortize=10), RULES, 100, imported=False)
+    doubts = verdict.doubts_of(rows, runs, points["points"], clock, exploratory)
+    return verdict.verdict(rows, tested, BUDGET, TEACHER, TARGET, points, doubts)
 
 
 def pairs(folder, *pairs, **values):
@@ -88,7 +92,7 @@ def test_another_teacher_is_refused(tmp_path):
     ],
 )
 def test_times_that_cant_be_compared_are_left_out_and_steps_stay(tmp_path, edit, note):
-    result = judge(pairs(tmp_path, (AT_75, AT_50), (AT_75, AT_50), **edit))
+    result = judge(pairs(tmp_path, *[(AT_75, AT_50)] * 3, **edit))
     assert result["steps_saved_mean"] == 25.0 and result["kd_pays_steps"] is True
     assert result["time_saved_ms_mean"] is None and result["kd_pays_time_with_teacher"] is None
     assert "Times are not compared." in result["sentence"]
@@ -96,58 +100,99 @@ def test_times_that_cant_be_compared_are_left_out_and_steps_stay(tmp_path, edit,
     assert doubt.startswith("times only: ") and note in doubt
 
 
-def test_kd_pays_in_steps_and_loses_time_with_its_teacher(tmp_path):
-    result = judge(pairs(tmp_path, (AT_75, AT_50), (AT_75, AT_25)))
-    assert (result["steps_saved_mean"], result["steps_saved_min"], result["steps_saved_max"]) == (37.5, 25, 50)
-    assert result["tokens_saved_mean"] == 37500.0
-    assert result["time_saved_ms_mean"] == 300.0  # 750 - 600 and 750 - 300
-    assert result["time_saved_with_teacher_ms_mean"] == 0.0
-    assert (result["kd_pays_steps"], result["kd_pays_time_with_teacher"], result["n_seeds"]) == (True, False, 2)
+def test_kd_pays_in_steps_and_not_in_time_with_its_teacher(tmp_path):
+    slower = [7.5, 4.9, 4.8, 4.7]
+    result = judge(pairs(tmp_path, (AT_75, AT_50), (AT_75, AT_50), (AT_75, slower)))
+    assert (result["steps_saved_mean"], result["steps_saved_min"], result["steps_saved_max"]) == (25.0, 25, 25)
+    assert result["tokens_saved_mean"] == 25000.0
+    assert result["time_saved_ms_mean"] == 150.0  # 750 - 600
+    assert result["time_saved_with_teacher_ms_mean"] == -150.0
+    assert (result["kd_pays_steps"], result["kd_pays_time_with_teacher"], result["n_seeds"]) == (True, False, 3)
     assert (result["claimable"], result["not_claimable_because"]) == (True, [])
     assert (result["teacher_ms"], result["budget_ms"], result["budget_share"]) == (300.0, 400.0, 0.75)
-    assert result["sentence"] == (
-        "KD pays in steps: it reached the target of 5.0000 nats (the teacher's final validation loss) 37.5 steps "
-        "earlier than CE (mean of 2 seeds, 25 to 50; 100-step schedule). With the teacher's 300 ms of training counted "
-        "it needed the same time; without, 300 ms less."
+    assert result["sentence"].startswith(
+        "KD pays in steps: it reached the target of 5.0000 nats (the teacher's final validation loss) 25 steps "
+        "earlier than CE (with each of 3 seeds; 100-step schedule); "
+    )
+    assert "one-sided p = 0.00" in result["sentence"] and "3 seeds" in result["sentence"]
+    assert (
+        "With the teacher's 300 ms of training counted it needed 150 ms more; without, 150 ms less"
+        in result["sentence"]
     )
 
 
 def test_kd_pays_in_time_too_where_it_covers_its_teacher(tmp_path):
-    result = judge(pairs(tmp_path, (AT_75, AT_25), (AT_75, AT_25)))
+    result = judge(pairs(tmp_path, *[(AT_75, AT_25)] * 3))
     assert result["time_saved_with_teacher_ms_mean"] == 150.0 and result["kd_pays_time_with_teacher"] is True
     assert "counted it needed 150 ms less; without, 450 ms less" in result["sentence"]
 
 
 def test_kd_later_than_ce_does_not_pay(tmp_path):
-    result = judge(pairs(tmp_path, (AT_25, AT_75), (AT_50, AT_75)))
-    assert result["steps_saved_mean"] == -37.5 and result["kd_pays_steps"] is False
+    result = judge(pairs(tmp_path, *[(AT_25, AT_75)] * 3))
+    assert result["steps_saved_mean"] == -50.0 and result["kd_pays_steps"] is False
     assert result["sentence"].startswith("KD does not pay: it reached the target of 5.0000 nats")
-    assert "37.5 steps later than CE" in result["sentence"]
+    assert "50 steps later than CE" in result["sentence"]
 
 
 def test_gain_on_average_but_not_with_every_seed_is_not_called_paying(tmp_path):
-    result = judge(pairs(tmp_path, (AT_75, AT_25), (AT_50, AT_75)))
-    assert result["steps_saved_mean"] == 12.5 and result["kd_pays_steps"] is False
-    assert result["sentence"].startswith("KD saves steps on average, but not with every seed")
+    result = judge(pairs(tmp_path, (AT_75, AT_25), (AT_75, AT_25), (AT_50, AT_75)))
+    assert result["steps_saved_mean"] == 25.0 and result["kd_pays_steps"] is False
+    assert result["sentence"].startswith("KD is not shown to pay: it reached the target")
+    assert "could have shown a saving of" in result["sentence"] and "one of this size needs" in result["sentence"]
 
 
 def test_no_difference_does_not_pay(tmp_path):
-    result = judge(pairs(tmp_path, (AT_50, AT_50), (AT_50, AT_50)))
-    assert result["kd_pays_steps"] is False and "no earlier than CE (with each of 2 seeds" in result["sentence"]
+    result = judge(pairs(tmp_path, *[(AT_50, AT_50)] * 3))
+    assert result["kd_pays_steps"] is False and "as soon as CE (with each of 3 seeds" in result["sentence"]
+
+
+def test_two_seeds_judge_nothing(tmp_path):
+    result = judge(pairs(tmp_path, *[(AT_75, AT_50)] * 2))
+    assert result["kd_pays_steps"] is None and result["kd_pays_time_with_teacher"] is None
+    assert (
+        result["sentence"].startswith("KD is not judged: it reached the target") and "2 of the 3" in result["sentence"]
+    )
+
+
+def test_an_arm_that_is_only_its_lr_is_called_an_artefact(tmp_path):
+    """KD is sooner than CE with every seed, and so is the same LR without KD, as much or more."""
+    runs = pairs(tmp_path, *[(AT_75, AT_50)] * 3)
+    runs += [make(tmp_path, "control_boost", AT_50, seed) for seed in range(3)]
+    result = judge(runs)
+    assert (result["kd_pays_steps"], result["explained_by"]) == (False, ["control_boost"])
+    assert result["sentence"].startswith("KD saves steps, but not by what it teaches")
+    assert "CE with KD's LR is sooner than CE too, and KD is not sooner than it" in result["sentence"]
+
+
+def test_a_control_that_is_as_slow_as_ce_explains_nothing(tmp_path):
+    runs = pairs(tmp_path, *[(AT_75, AT_50)] * 3)
+    runs += [make(tmp_path, "control_boost", AT_75, seed) for seed in range(3)]
+    result = judge(runs)
+    assert (result["kd_pays_steps"], result["explained_by"], result["not_told_apart_from"]) == (True, [], [])
+    assert result["sentence"].endswith("KD is sooner than CE with KD's LR.")
+
+
+def test_a_control_with_too_few_seeds_leaves_it_open(tmp_path):
+    runs = [*pairs(tmp_path, *[(AT_75, AT_50)] * 3), make(tmp_path, "control_boost", AT_75)]
+    result = judge(runs)
+    assert (result["kd_pays_steps"], result["not_told_apart_from"]) == (False, ["control_boost"])
 
 
 def test_target_never_reached_by_kd(tmp_path):
-    result = judge(pairs(tmp_path, (AT_50, NEVER), (AT_50, NEVER)))
+    result = judge(pairs(tmp_path, *[(AT_50, NEVER)] * 3))
     assert (result["kd_pays_steps"], result["kd_pays_time_with_teacher"], result["n_seeds"]) == (False, False, 0)
     assert result["sentence"].startswith("KD does not pay: CE reached the target")
     assert "best val 5.9000 against target 5.0000" in result["sentence"]
 
 
 def test_target_never_reached_by_ce(tmp_path):
-    result = judge(pairs(tmp_path, (NEVER, AT_50), (NEVER, AT_75)))
-    assert (result["kd_pays_steps"], result["kd_pays_time_with_teacher"]) == (True, None)
+    result = judge(pairs(tmp_path, *[(NEVER, AT_50)] * 6, (NEVER, AT_75)))
+    assert (result["kd_pays_steps"], result["kd_pays_time_with_teacher"]) == (True, False)  # 600 + 300 of 1000 ms
     assert result["steps_saved_mean"] is None and not result["claimable"]
-    assert "KD reached the target of 5.0000 nats" in result["sentence"] and "at step 50, 75" in result["sentence"]
+    assert (
+        "KD reached the target of 5.0000 nats" in result["sentence"]
+        and "at step 50, 50, 50, 50, 50, 50, 75" in result["sentence"]
+    )
     assert "can't be counted" in result["sentence"]
 
 
@@ -160,6 +205,7 @@ def test_target_never_reached_by_either(tmp_path):
 def test_seed_on_which_kd_failed_counts_against_it(tmp_path):
     result = judge(pairs(tmp_path, (AT_75, AT_50), (AT_75, OOM), (NEVER, NEVER)))
     assert (result["kd_pays_steps"], result["n_seeds"], result["steps_saved_mean"]) == (False, 1, 25.0)
+    assert not result["claimable"]
     assert "only CE reached it with 1 of 3 seeds, neither did with 1 of 3 seeds" in result["sentence"]
 
 
@@ -176,30 +222,22 @@ def test_nothing_was_promoted(tmp_path):
 
 
 def test_first_promoted_point_is_judged_even_where_another_does_better(tmp_path):
-    runs = pairs(tmp_path, (AT_75, AT_50), (AT_75, AT_50))
+    runs = pairs(tmp_path, *[(AT_75, AT_50)] * 3)
     config = make_config(100, kd={"temperature": 2.0})
     val = [(25 * i, loss) for i, loss in enumerate((7.0, *AT_25))]
     runs.append(run_folder(tmp_path, "kd", "T2", config, val=val))
     result = judge(runs, points={"points": ["T1", "T2"], "reason": "best 2 of 2"})
-    assert (result["point"], result["steps_saved_mean"], result["n_seeds"]) == ("T1", 25.0, 2)
-
-
-def test_boost_control_is_named_beside_the_gain(tmp_path):
-    runs = pairs(tmp_path, (AT_75, AT_50), (AT_75, AT_50))
-    runs += [make(tmp_path, "control_boost", AT_50, seed) for seed in range(2)]
-    result = judge(runs)
-    assert result["control_boost_steps_saved_mean"] == 25.0
-    assert result["sentence"].endswith("The same LR boost without KD reached it 25 steps earlier than CE.")
+    assert (result["point"], result["steps_saved_mean"], result["n_seeds"]) == ("T1", 25.0, 3)
 
 
 @pytest.mark.parametrize(
     ("seeds", "clock", "exploratory", "edit", "doubts"),
     [
-        (2, "measured", False, {}, []),
-        (2, "modelled", False, {}, ["time is modelled from FLOPs, not measured"]),
-        (2, "measured", True, {}, ["the campaign is exploratory: a lock was lifted"]),
-        (1, "measured", False, {}, ["KD and CE both reached the target with 1 seed; a claim needs 2 or more"]),
-        (2, "measured", False, {"code_hash": "b"}, ["the runs come from 2 versions of the code: b, c0de00000000"]),
+        (3, "measured", False, {}, []),
+        (3, "modelled", False, {}, ["time is modelled from FLOPs, not measured"]),
+        (3, "measured", True, {}, ["the campaign is exploratory: a lock was lifted"]),
+        (1, "measured", False, {}, ["KD and CE both reached the target with 1 seed; a claim needs 3 or more"]),
+        (3, "measured", False, {"code_hash": "b"}, ["the runs come from 2 versions of the code: b, c0de00000000"]),
     ],
 )
 def test_what_forbids_a_claim(tmp_path, seeds, clock, exploratory, edit, doubts):

@@ -1,14 +1,16 @@
 """The ledger's columns, modes and order."""
 
+import pytest
 from test_analysis_synthetic import make_config, read_rows, run_folder
 
 from kdclimb.analysis import ledger, tables
 from kdclimb.artifacts import write_json
 
-TARGET = {"value": 5.0, "consecutive": 2, "source": "teacher_final_val", "reason": "of a test"}
+TARGET = {"value": 5.0, "consecutive": 2, "source": "teacher_final_val", "reason": "of a test", "fixed": []}
 HEADER = (
     "run_id,mode,teacher_params_m,teacher_steps,teacher_train_time_ms,alpha,temp,kd_lr_boost,student_steps,best_val,"
-    "final_val,steps_to_target,status,artifact_dir,kd_cache_ms,kd_cache_ms_amortised"
+    "final_val,steps_to_target,status,artifact_dir,seed,tokens,active_flops,val_instability,clock,device,code_hash,"
+    "data_hash,enters_claims,kd_cache_ms,kd_cache_ms_amortised"
 )
 VAL = [(0, 7.0), (25, 6.0), (50, 4.9), (75, 4.8), (100, 4.85)]
 
@@ -31,7 +33,7 @@ def write(tmp_path, *arms):
         val = [row for row in VAL if row[0] <= stop]
         runs.append(run_folder(tmp_path / "runs", arm, "X", configs[arm], val=val))
     write_json(tmp_path / "target.json", TARGET)
-    ledger.ledger(runs, tmp_path / "target.json", tmp_path / "ledger.csv")
+    ledger.ledger(runs, tmp_path / "target.json", False, tmp_path / "ledger.csv")
     return runs, {row["mode"]: row for row in read_rows(tmp_path / "ledger.csv")}
 
 
@@ -67,7 +69,7 @@ def test_run_shared_by_arms_counts_once_for_the_first(tmp_path):
     kd = run_folder(tmp_path / "runs", "kd", "T1", config, val=VAL)
     screen = tables.RunFolder.read(f"screen|T1|{kd.folder}")
     write_json(tmp_path / "target.json", TARGET)
-    ledger.ledger([kd, screen], tmp_path / "target.json", tmp_path / "ledger.csv")
+    ledger.ledger([kd, screen], tmp_path / "target.json", False, tmp_path / "ledger.csv")
     assert [row["mode"] for row in read_rows(tmp_path / "ledger.csv")] == ["kd_screen"]
 
 
@@ -75,7 +77,41 @@ def test_misses_and_failures(tmp_path):
     failed = run_folder(tmp_path / "runs", "kd", "T1", make_config(kd={}), status="oom", reason="9 GiB")
     never = run_folder(tmp_path / "runs", "ce", "CE", make_config(), val=VAL[:2])
     write_json(tmp_path / "target.json", TARGET)
-    ledger.ledger([failed, never], tmp_path / "target.json", tmp_path / "ledger.csv")
+    ledger.ledger([failed, never], tmp_path / "target.json", False, tmp_path / "ledger.csv")
     ce, kd = read_rows(tmp_path / "ledger.csv")
     assert (ce["steps_to_target"], ce["status"]) == ("never", "ok")
     assert (kd["steps_to_target"], kd["status"], kd["final_val"], kd["teacher_steps"]) == ("never", "oom", "-", "-")
+
+
+def test_our_columns(tmp_path):
+    _, rows = write(tmp_path, "ce", "probe", "kd", "screen")
+    ce = rows["ce_baseline"]
+    assert (ce["seed"], ce["tokens"], ce["active_flops"]) == ("0", "100000", "600000000000.0")
+    assert float(ce["val_instability"]) == pytest.approx(0.05) and ce["clock"] == "measured"
+    assert (ce["device"], ce["code_hash"], ce["data_hash"]) == ("cpu", "c0de00000000", "0123")
+    claims = {mode: row["enters_claims"] for mode, row in rows.items()}
+    assert claims == {
+        "ce_baseline": "yes",
+        "teacher_probe": "no: a part of a run",
+        "teacher": "yes",
+        "kd_screen": "no: it chose, and does not judge",
+        "kd_full": "yes",
+    }
+
+
+def test_teachers_flops_count_where_kd_was_on(tmp_path):
+    run = run_folder(tmp_path, "kd", "T1", make_config(kd={}), val=VAL, shares=[0.5] * 40, teacher_flops_per_token=2e6)
+    assert ledger.active_flops(run) == 100_000 * 6e6 + 40_000 * 2e6
+
+
+@pytest.mark.parametrize(
+    ("values", "exploratory", "why"),
+    [
+        ({}, True, "exploratory"),
+        ({"config": make_config(clock="modelled")}, False, "modelled time"),
+        ({"status": "oom", "reason": "9 GiB"}, False, "oom"),
+    ],
+)
+def test_what_bars_a_run_from_claims(tmp_path, values, exploratory, why):
+    config = values.pop("config", make_config())
+    assert ledger.barred(run_folder(tmp_path, "ce", "CE", config, **values), exploratory) == why

@@ -165,7 +165,7 @@ def test_teacher_of_lowest_loss_is_selected_and_ties_go_to_the_cheaper(tmp_path,
     selected = select(tmp_path, budget)
     assert (selected["candidate"], selected["final_val"], selected["train_time_ms"]) == ("C", 4.9, 800.0)
     assert selected["run_id"] == make_config(100, 2).run_id
-    targets.set_target(tmp_path / "selected.json", tmp_path / "target.json")
+    targets.set_target(tmp_path / "selected.json", [4.0], tmp_path / "target.json")
     target = json.loads((tmp_path / "target.json").read_text())
     assert (target["value"], target["consecutive"], target["source"]) == (4.9, 2, "teacher_final_val")
 
@@ -177,7 +177,7 @@ def test_no_teacher_is_a_result_that_says_why(tmp_path, budget):
     assert selected["reason"] == (
         "no teacher meets the budget of 1,000.0 ms: A: projected time 2,000.0 ms is over; B: no OOM fallback: 9 GiB"
     )
-    targets.set_target(tmp_path / "selected.json", tmp_path / "target.json")
+    targets.set_target(tmp_path / "selected.json", [4.0], tmp_path / "target.json")
     assert json.loads((tmp_path / "target.json").read_text())["value"] is None
 
 

@@ -1,6 +1,7 @@
 """Synthetic run folders and a synthetic campaign, in the trainer's formats, for the tests of the analysis."""
 
 import csv
+import dataclasses
 import json
 import runpy
 import sys
@@ -58,6 +59,7 @@ def make_config(horizon=100, seed=0, kd=None, boost=None, clock="measured", batc
         "validation": {"every": 25, "tokens": 1000, "stop_at": None},
         "attention": {"backend": "auto", "require_flash_attn": False},
         "kd": None,
+        "label_smoothing": 0.0,
         "seed": seed,
         "device": "cpu",
         "clock": clock,
@@ -167,13 +169,21 @@ def run_script(name, *flags):
 # A campaign by the numbers. Every curve falls on a straight line from 6 nats, so that each crossing of the
 # target can be worked out by hand: CE falls 0.01 a step, and so on.
 FALL = {"ce": 0.010, "probe": 0.010, "teacher": 0.020, "isolate": 0.010, "screen": 0.016, "kd": 0.016}
-FALL |= {"control_boost": 0.011, "control_random": 0.004}
+FALL |= {"control_boost": 0.011, "control_random": 0.004, "control_smooth": 0.010, "control_extra": 0.0095}
 STEP_MS = {"probe": 1.0, "teacher": 1.0, "isolate": 11.0, "screen": 12.0, "kd": 12.0, "control_random": 12.0}
 
 
 SHAPES = [(1, 2, 75), (1, 2, 100), (1, 4, 50), (2, 2, 75), (2, 4, 75), (4, 4, 150)]  # layers, heads and steps
-PINNED = {  # what the numbers rest on; the rest is the default config's
-    "train": {"horizons": [75, 300], "seeds": [0, 1], "batch_tokens": [2048], "batch_lr": [1.0]},
+PINNED = {
+    "controls": {"lr_policy": True, "label_smoothing": 0.1, "extra_steps": True, "random_teacher": True},
+    "verdict": {
+        "targets": [4.8, 3.5],
+        "confidence": 0.95,
+        "p_value": 0.01,
+        "power": 0.8,
+        "amortize": 10,
+    },  # what the numbers rest on; the rest is the default config's
+    "train": {"horizons": [75, 150, 300], "seeds": [0, 1, 2], "batch_tokens": [2048], "batch_lr": [1.0]},
     "validation": {"every": 25},
     "teacher": {
         "probe_steps": 10,
@@ -182,6 +192,7 @@ PINNED = {  # what the numbers rest on; the rest is the default config's
     "kd": {
         "alpha": 0.5,
         "isolate_steps": 20,
+        "screen_seed": 100,
         "grid": {"temperature": [1.0, 2.0], "lr_boost": [1.0, 1.5], "hold_frac": [0.15], "drop_frac": [0.35]},
     },
 }
@@ -235,7 +246,7 @@ class SyntheticCampaign:
         assert run_script(name, *flags) == 0, name
 
     def baseline(self):
-        self.script("ce_baseline", *self.flags("ce"), "--out", self.path("ce/timing.csv"))
+        self.script("ce_baseline", *self.flags("ce"), "--log", "", "--out", self.path("ce/timing.csv"))
         flags = "--timing", self.path("ce/timing.csv"), "--fraction", "0.1", "--out", self.path("budget.json")
         self.script("budget", *flags)
 
@@ -250,7 +261,8 @@ class SyntheticCampaign:
         self.script("filter_measured", *trained, "--out", p("teacher/measured.json"))
         filters = "--projected", p("teacher/projected.json"), "--measured", p("teacher/measured.json")
         self.script("teacher_select", *trained, *filters, "--out", p("teacher/selected.json"))
-        self.script("target", "--selected", p("teacher/selected.json"), "--out", p("target.json"))
+        fixed = "--fixed", json.dumps(self.campaign.verdict.targets)
+        self.script("target", "--selected", p("teacher/selected.json"), *fixed, "--out", p("target.json"))
 
     def students(self):
         p = self.path
@@ -259,7 +271,7 @@ class SyntheticCampaign:
         self.script("kd_screen", *self.flags("screen"), *target, "--out", p("kd/screen.csv"))
         self.script("kd_promote", "--screen", p("kd/screen.csv"), "--promote", "1", "--out", p("kd/promoted.json"))
         self.script("kd_full", *self.flags("kd"), *target, "--out", p("kd/full.csv"))
-        controls = self.flags("control_boost", "control_random")
+        controls = self.flags("control_boost", "control_random", "control_smooth", "control_extra")
         self.script("controls", *controls, *target, "--out", p("controls.csv"))
 
     def conclude(self):
@@ -268,11 +280,20 @@ class SyntheticCampaign:
         filters = [f"--{name}={p(f'teacher/{name}.json')}" for name in ("projected", "measured")]
         filters += [f"--probe={p('teacher/probe.csv')}", f"--trained={p('teacher/trained.csv')}"]
         outputs = [f"--out-{name}={p(f'tables/{name}.csv')}" for name in ("curves", "runs", "compare", "teachers")]
+        outputs += [f"--out-{name.replace('_', '-')}={p(f'tables/{name}.csv')}" for name in ("reached", "break_even")]
+        outputs += [f"--out-tests={p('tables/verdict.csv')}", f"--out-trend={p('tables/steps_saved_trend.csv')}"]
+        outputs += [f"--rules={json.dumps(dataclasses.asdict(self.campaign.verdict))}"]
         outputs += [f"--out-verdict={p('verdict.json')}", "--promoted", p("kd/promoted.json"), "--clock", self.clock]
+        outputs += ["--screen", p("kd/screen.csv"), f"--out-stop={p('tables/stop_conditions.csv')}"]
+        outputs += [f"--out-summary={p('tables/teacher_budget10_summary.csv')}"]
         self.script("compare", *self.flags(), *decisions, *filters, *outputs)
         self.script("ledger", *self.flags(), "--target", p("target.json"), "--out", p("tables/ledger.csv"))
         tables = [f"--{name}={p(f'tables/{name}.csv')}" for name in ("curves", "runs", "compare", "teachers", "ledger")]
         tables += [f"--{name}={p(f'kd/{name}.csv')}" for name in ("isolates", "screen", "full")]
+        tables += [f"--reached={p('tables/reached.csv')}", f"--tests={p('tables/verdict.csv')}"]
+        tables += [f"--stop={p('tables/stop_conditions.csv')}"]
+        tables += [f"--summary={p('tables/teacher_budget10_summary.csv')}"]
+        tables += [f"--trend={p('tables/steps_saved_trend.csv')}", f"--break-even={p('tables/break_even.csv')}"]
         tables += [
             f"--timing={p('ce/timing.csv')}",
             f"--controls={p('controls.csv')}",

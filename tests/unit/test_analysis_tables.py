@@ -108,7 +108,9 @@ def test_numbers_in_words():
 
 
 def test_scripts_turn_analysis_errors_into_a_message_and_exit_1(tmp_path, capsys):
-    assert run_script("target", "--selected", tmp_path / "gone.json", "--out", tmp_path / "t.json") == 1
+    assert (
+        run_script("target", "--selected", tmp_path / "gone.json", "--fixed", "[]", "--out", tmp_path / "t.json") == 1
+    )
     message = capsys.readouterr().err
     assert message.startswith("target: ") and "gone.json" in message
     assert run_script("target", "--out", tmp_path / "t.json") == 2  # argparse: a flag is missing

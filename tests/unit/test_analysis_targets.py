@@ -6,7 +6,7 @@ from test_analysis_synthetic import make_config, read_rows, run_folder
 from kdclimb.analysis import targets
 from kdclimb.artifacts import write_json
 
-TARGET = {"value": 5.0, "consecutive": 2, "source": "teacher_final_val", "reason": "of a test"}
+TARGET = {"value": 5.0, "consecutive": 2, "source": "teacher_final_val", "reason": "of a test", "fixed": []}
 
 
 def cross(tmp_path, losses, target=TARGET, **values):
@@ -72,7 +72,7 @@ def test_failed_run_does_not_reach_a_target_it_passed(tmp_path):
 
 
 def test_no_target(tmp_path):
-    found = cross(tmp_path, [7.0, 4.0, 4.0], TARGET | {"value": None, "reason": "no teacher was selected"})
+    found = cross(tmp_path, [7.0, 4.0, 4.0], TARGET | {"value": None, "reason": "no teacher was selected", "fixed": []})
     assert (found.step, found.miss) == (None, "no target: no teacher was selected")
 
 
@@ -81,6 +81,69 @@ def test_stability_sums_the_upward_moves(tmp_path):
     run = run_folder(tmp_path, "screen", "T1", make_config(100, kd={}), val=val)
     assert targets.stability(run) == 0.75
     assert targets.first_val(run) == 5.0
+
+
+def ending(folder, *ends, arm="ce", **values):
+    """Complete runs at 50, 100, 200, ... steps of one seed with these final losses; a step takes 10 ms."""
+    runs = []
+    for i, loss in enumerate(ends):
+        horizon = 50 * 2**i
+        config = make_config(horizon, kd=None if arm == "ce" else {})
+        val = [(0, 7.0), (25, 6.0), (horizon, loss)]
+        runs.append(run_folder(folder, arm, "T1", config, val=val, **values))
+    return runs
+
+
+def needed(runs, value=5.0, cost_ms=0.0):
+    return targets.by_horizon(runs, "x", TARGET | {"value": value}, cost_ms, amortize=4)
+
+
+def test_the_shortest_complete_horizon_lies_between_those_that_miss_and_meet_the_target(tmp_path):
+    """Losses fall by 0.5 with each doubling, so 5.25 is half a doubling past 100 steps."""
+    found = needed(ending(tmp_path, 6.0, 5.5, 5.0), 5.25, cost_ms=80.0)
+    row = found.row()
+    assert row["steps"] == pytest.approx(100 * 2**0.5) and row["miss_reason"] == ""
+    assert row["tokens"] == pytest.approx(1000 * row["steps"]) and row["time_ms"] == pytest.approx(10 * row["steps"])
+    assert row["time_with_teacher_ms"] - row["time_ms"] == pytest.approx(80.0)
+    assert row["time_amortized_ms"] - row["time_ms"] == pytest.approx(20.0)
+
+
+def test_a_bump_is_made_monotone(tmp_path):
+    """5.0 and 5.2 at 100 and 200 steps become 5.1 at both, so 5.05 is met only after 200."""
+    assert needed(ending(tmp_path, 6.0, 5.0, 5.2, 5.0), 5.05).seen["steps"][0] == pytest.approx(200 * 2**0.5)
+
+
+def test_horizons_that_all_miss_or_all_meet_the_target_bound_it(tmp_path):
+    runs = ending(tmp_path, 6.0, 5.5, 5.2)
+    longer, shorter = needed(runs, 5.0), needed(runs, 6.5)
+    assert longer.seen["steps"] == (200.0, float("inf")) and shorter.seen["steps"] == (0.0, 50.0)
+    assert longer.row()["steps"] is None and "longer than the longest horizon, 200 steps" in longer.miss
+    assert "shorter than the shortest horizon, 50 steps, which ends at 6.0000 against target 6.5000" in shorter.miss
+
+
+def test_two_horizons_are_too_few(tmp_path):
+    found = needed(ending(tmp_path, 6.0, 4.0))
+    assert found.seen["steps"] == (0.0, float("inf")) and found.miss == "2 of the 3 horizons that this needs"
+
+
+def test_by_crossing_counts_the_teacher_and_bounds_what_was_not_reached(tmp_path):
+    (run,) = ending(tmp_path, 4.9)
+    reached = targets.by_crossing(run, "x", TARGET | {"value": 6.5, "consecutive": 1}, 80.0, 4)
+    assert reached.row()["steps"] == 12.5 and reached.row()["time_with_teacher_ms"] == 125.0 + 80.0
+    missed = targets.by_crossing(run, "x", TARGET | {"value": 4.0}, 80.0, 4)
+    assert missed.seen["time_with_teacher_ms"] == (580.0, float("inf")) and missed.row()["steps"] is None
+    failed = run_folder(tmp_path / "b", "ce", "CE", make_config(50), status="oom", reason="9 GiB")
+    assert targets.by_crossing(failed, "x", TARGET, 0.0, 4).miss == "oom: 9 GiB"
+
+
+def test_targets_have_names(tmp_path):
+    names = targets.all_targets(TARGET | {"fixed": [4.6, 4.25]})
+    assert {name: target["value"] for name, target in names.items()} == {
+        "teacher_final_val": 5.0,
+        "4.6": 4.6,
+        "4.25": 4.25,
+    }
+    assert list(targets.all_targets(TARGET | {"value": None})) == []
 
 
 def screened(tmp_path, **points):

@@ -13,7 +13,10 @@ def expand_all(config):
     decisions = {"projected": {"survivors": names}}
     teacher = next(r for r in campaign.expand(config, decisions) if r.arm == "teacher").run_id
     points = [p.name for p in campaign.grid_points(config.kd.grid)]
-    decisions |= {"selected": {"run_id": teacher}, "promoted": {"points": points[-1:]}}
+    decisions |= {
+        "selected": {"run_id": teacher, "train_time_ms": 0.1, "budget_ms": 0.1},
+        "promoted": {"points": points[-1:]},
+    }
     return campaign.expand(config, decisions)
 
 
@@ -24,18 +27,21 @@ def arms(runs):
     return counts
 
 
-def test_default_campaign_has_the_runs_it_should_and_at_most_30():
+def test_default_campaign_has_the_runs_it_should_and_at_most_50():
     config = campaign.load(merged({"device": "cpu"}), ROOT)
-    assert arms(campaign.expand(config, {})) == {"ce": 4, "probe": 6}
+    assert arms(campaign.expand(config, {})) == {"ce": 10, "probe": 6}
     runs = expand_all(config)
-    assert len({run.run_id for run in runs}) <= 30
-    assert set(arms(runs)) == {"ce", "probe", "teacher", "isolate", "screen", "kd", "control_boost", "control_random"}
+    assert len({run.run_id for run in runs}) <= 50
+    controls = {"control_boost": 3, "control_random": 1, "control_smooth": 3, "control_extra": 3}
+    expected = {"ce": 10, "probe": 6, "teacher": 6, "isolate": 3, "screen": 4, "kd": 9}
+    assert arms(runs) == expected | controls
 
 
 def test_student_is_the_same_in_ce_and_kd_arms(tiny_runs):
     student = [r.config for r in tiny_runs if r.arm not in ("probe", "teacher")]
     for field in ("model", "data", "optim", "validation", "device", "clock"):
         assert len({getattr(config, field) for config in student}) == 1, field
+    assert {config.label_smoothing for config in student} == {0.0, 0.1}
     schedules = {dataclasses.replace(c.schedule, lr_boost=None, horizon=0, stop_step=0) for c in student}
     assert len(schedules) == 1
 
@@ -75,7 +81,7 @@ def test_data_id_follows_the_text_but_not_the_unused_source(tiny, tmp_path):
 
 
 def test_control_boost_has_the_lr_of_its_kd_runs_but_no_kd(tiny_runs):
-    kd = [r.config for r in tiny_runs if r.arm == "kd"]
+    kd = [r.config for r in tiny_runs if r.arm == "kd" and r.config.schedule.horizon == 75]
     controls = [r.config for r in tiny_runs if r.arm == "control_boost"]
     assert [dataclasses.replace(c, kd=None) for c in kd] == controls
     assert all(c.schedule.lr_boost is not None for c in controls)
@@ -84,3 +90,26 @@ def test_control_boost_has_the_lr_of_its_kd_runs_but_no_kd(tiny_runs):
 @pytest.mark.parametrize("decided", [{}, {"projected": {"survivors": []}}, {"selected": {"run_id": None}}])
 def test_without_a_teacher_there_is_no_kd(tiny, decided):
     assert set(arms(campaign.expand(tiny, decided))) == {"ce", "probe"}
+
+
+def test_extra_steps_are_worth_the_teachers_time(tiny):
+    """A teacher of 60 % of a budget of 10 %: CE goes on for 6 % of its longest horizon, 75 steps."""
+    name = tiny.teacher.candidates[0].name
+    survivors = {"projected": {"survivors": [name]}}
+    teacher = next(r for r in campaign.expand(tiny, survivors) if r.arm == "teacher").run_id
+    selected = {"run_id": teacher, "train_time_ms": 600.0, "budget_ms": 1000.0}
+    point = campaign.grid_points(tiny.kd.grid)[0].name
+    runs = campaign.expand(tiny, survivors | {"selected": selected, "promoted": {"points": [point]}})
+    extra = [r for r in runs if r.arm == "control_extra"]
+    assert [(r.label, r.config.schedule.horizon, r.config.kd) for r in extra] == [("4 more steps", 79, None)] * 2
+
+
+def test_controls_can_be_left_out():
+    off = {"lr_policy": False, "label_smoothing": 0.0, "extra_steps": False, "random_teacher": False}
+    config = campaign.load(merged({"device": "cpu", "controls": off}), ROOT)
+    assert not [arm for arm in arms(expand_all(config)) if arm.startswith("control")]
+
+
+def test_what_the_screen_chose_is_judged_with_other_seeds(tiny_runs):
+    seeds = {arm: {r.config.seed for r in tiny_runs if r.arm == arm} for arm in ("screen", "kd", "control_random")}
+    assert seeds["screen"] == seeds["control_random"] == {100} and not seeds["screen"] & seeds["kd"]

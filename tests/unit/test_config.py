@@ -45,7 +45,8 @@ def with_value(key: str, value) -> dict:
         ("budget.fraction", 0.2, ["budget.fraction: 0.2", "0.1", "teacher.exploratory"]),
         ("kd.dynamic_norm", False, ["kd.dynamic_norm: False", "kd.exploratory"]),
         ("kd.grid.drop_frac", [0.1], ["kd.grid.drop_frac", "hold_frac"]),
-        ("kd.isolate_steps", 1000, ["kd.isolate_steps: 1000", "150"]),
+        ("kd.isolate_steps", 1000, ["kd.isolate_steps: 1000", "60"]),
+        ("kd.screen_seed", 1, ["kd.screen_seed: 1", "train.seeds"]),
         ("train.batch_tokens", [100], ["train.batch_tokens: 100", "micro_batch_tokens"]),
         ("train.batch_lr", [1.0, 2.0], ["train.batch_lr", "batch_tokens"]),
         ("train.max_doc_tokens", 4096, ["train.max_doc_tokens: 4096", "1024"]),
@@ -92,7 +93,7 @@ def test_missing_key_is_named():
 
 
 def test_run_config_survives_json_and_its_id_depends_on_every_field(tiny_runs):
-    config = tiny_runs[-1].config
+    config = next(r.config for r in tiny_runs if r.arm == "control_random")  # it has all sections
     assert RunConfig.from_dict(yaml.safe_load(config.canonical())) == config
     seen = {config.run_id}
     for path, changed in _each_field_changed(config):
@@ -174,7 +175,7 @@ def test_shipped_overlays_load(overlay):
 def test_h100_and_seed155_carry_the_seeds_values():
     h100, seed155 = (campaign.load(merged(f"config/{name}.yaml"), ROOT) for name in ("h100", "seed155"))
     assert h100.optim == seed155.optim and h100.optim.adam.every == 2
-    assert h100.train.horizons[-1] == 1555 and seed155.train.horizons == (155, 1000)
+    assert h100.train.horizons[-1] == 1555 and seed155.train.horizons == (155, 400, 1000)
     for config in (h100, seed155):
         student = config.student
         assert (student.num_layers, student.num_heads, student.head_dim) == (11, 6, 128)

@@ -72,7 +72,7 @@ def test_tables_have_as_many_cells_in_each_row():
     [
         ("kd.stop_margin", "number, at least 0 | nats | `0.05` | KD_STOP_MARGIN | With val_margin: KD stops once"),
         ("kd.alpha", "number, above 0, at most 1 | fraction of the loss | `0.5` | 1 - KD_ALPHA | Weight of the KD"),
-        ("train.seeds", "list, 1 or more, all different, each: integer, at least 0 | | `[0, 1]` | | Seeds of"),
+        ("train.seeds", "list, 1 or more, all different, each: integer, at least 0 | | `[0, 1, 2]` | | Seeds of"),
         (
             "student.softcap",
             "list, exactly 3, each: number | logits | `[23.0, 5.0, 7.5]` | | [a, b, c] of logits = a\\*s",
@@ -258,42 +258,47 @@ def test_plan_without_results_counts_runs_and_tokens(capsys, tmp_path):
     assert lines[0].startswith("campaign tiny: device cpu, clock modelled at 0.001 TFLOP/s, data text-384-")
     split = lines.index("After that, at most:")
     named, later = lines[:split], lines[split:]
-    assert row(named, "ce", 50) == ["ce", "50", "2", "0", "19,200", "38,400", "-"]
+    assert row(named, "ce", 50) == ["ce", "50", "3", "0", "19,200", "57,600", "-"]
     assert row(named, "ce", 75) == ["ce", "75", "2", "0", "28,672", "57,344", "-"]
     assert row(named, "probe") == ["probe", "5", "3", "0", "1,280", "3,840", "-"]
     assert row(later, "teacher", 26) == ["teacher", "26", "1", "0", "9,984", "9,984", "-"]
     assert row(later, "teacher", 75) == ["teacher", "75", "1", "0", "28,672", "28,672", "-"]
     assert row(later, "isolate") == ["isolate", "4", "3", "0", "1,024", "3,072", "-"]
     assert row(later, "screen") == ["screen", "50", "2", "0", "19,200", "38,400", "-"]
-    assert row(later, "kd") == ["kd", "75", "2", "0", "28,672", "57,344", "-"]
+    assert row(later, "kd", 50) == ["kd", "50", "2", "0", "19,200", "38,400", "-"]
+    assert row(later, "kd", 75) == ["kd", "75", "2", "0", "28,672", "57,344", "-"]
     assert row(later, "control_boost") == ["control_boost", "75", "2", "0", "28,672", "57,344", "-"]
     assert row(later, "control_random") == ["control_random", "50", "1", "0", "19,200", "19,200", "-"]
-    # 99,584 for CE and probes, 57,856 for teachers, 3,072 + 38,400 + 57,344 + 57,344 + 19,200 for KD
-    assert "All together, at most: 20 runs (0 finished), 332,800 tokens, time -." in lines
+    assert row(later, "control_smooth") == ["control_smooth", "75", "2", "0", "28,672", "57,344", "-"]
+    # A teacher at its budget is worth 8 more steps of 75; of 83, 42 are in the first stage: 42 * 256 + 41 * 512.
+    assert row(later, "control_extra") == ["control_extra", "83", "2", "0", "31,744", "63,488", "-"]
+    # 118,784 for CE and probes, 57,856 for teachers, 3,072 + 38,400 + 95,744 + 57,344 + 19,200 + 57,344 + 63,488 for KD
+    assert "All together, at most: 27 runs (0 finished), 511,232 tokens, time -." in lines
     assert (
         "Not decided yet: teachers, after the filter: at most 3, if all candidates survive it; "
-        "KD, after the selection: at most 2 grid points, 1 promoted x 2 seeds = 2 full runs, "
-        "3 controls (2 boost without KD, 1 random teacher)."
+        "KD, after the selection: at most 2 grid points, 1 promoted x 2 horizons x 2 seeds = 4 full runs; "
+        "controls: 2 boost without KD, 1 random teacher, 2 label smoothing, 2 extra steps."
     ) in lines
 
 
 def test_the_costliest_points_are_those_with_boosts_of_their_own(capsys, tmp_path):
     # Points T1, T1-boost, T2, T2-boost. Two promoted: T1-boost first, since it brings 2 runs more; any second one
-    # brings no more, since the boost's control is there. 4 KD, 2 boost controls, 2 random teachers.
+    # brings no more, since the boost's control is there. 8 KD, 2 boost controls, 2 random teachers.
     (tmp_path / "two.yaml").write_text("kd: {promote: 2, grid: {lr_boost: [1.0, 1.5]}}")
     lines = planned(capsys, tmp_path, *TINY, tmp_path / "two.yaml")
     assert (
-        "at most 4 grid points, 2 promoted x 2 seeds = 4 full runs, 4 controls (2 boost without KD, 2 random teacher)."
+        "at most 4 grid points, 2 promoted x 2 horizons x 2 seeds = 8 full runs; controls: 2 boost without KD, "
+        "2 random teacher, 2 label smoothing, 2 extra steps."
     ) in "\n".join(lines)
 
 
 def test_a_run_of_two_stages_is_counted_once(capsys, tmp_path):
     # An isolate as long as the first horizon is the CE run of the first seed. 50 * 3 - 4 * 3 steps more, less that run:
-    # 332,800 - 3,072 + 2 * 19,200 tokens.
+    # 511,232 - 3,072 + 2 * 19,200 tokens.
     (tmp_path / "long.yaml").write_text("kd: {isolate_steps: 50}")
     (total,) = [s for s in planned(capsys, tmp_path, *TINY, tmp_path / "long.yaml") if s.startswith("All together")]
     assert total == (
-        "All together, at most: 19 runs (0 finished), 368,128 tokens, time -; 1 asked for by two stages, trained once."
+        "All together, at most: 26 runs (0 finished), 546,560 tokens, time -; 1 asked for by two stages, trained once."
     )
 
 
@@ -334,20 +339,21 @@ def survivors(runs, *kept: int) -> dict:
 
 
 def test_times_come_from_finished_runs_probes_and_the_ce_speed(capsys, results):
-    # CE at 50 steps: 200 ms for 19,200 tokens, so 96 tokens a ms. The other seed is estimated at 200 ms; at 75 steps,
-    # 28,672 / 96 = 298.67 ms a run; the isolates 1,024 / 96 = 10.67 ms each; the probes took 5 * 5 = 25 ms each.
+    # CE at 50 steps: 200 ms for 19,200 tokens, so 96 tokens a ms. The other seeds are estimated at 200 ms each; at 75
+    # steps, 28,672 / 96 = 298.67 ms a run; the isolates 1,024 / 96 = 10.67 ms each; the probes took 5 * 5 = 25 ms each.
     lines = planned(capsys, results[0], *measured(results))
-    assert row(lines, "ce", 50)[2:] == ["2", "1", "19,200", "38,400", "400", "ms", "finished", "runs,", "CE", "speed"]
+    assert row(lines, "ce", 50)[2:] == ["3", "1", "19,200", "57,600", "600", "ms", "finished", "runs,", "CE", "speed"]
     assert row(lines, "ce", 75)[-4:] == ["597", "ms", "CE", "speed"]
     assert row(lines, "probe")[3:] == ["3", "1,280", "3,840", "75", "ms", "finished", "runs"]
     assert row(lines, "teacher", 26)[-3:] == ["130", "ms", "probes"]
     assert row(lines, "teacher", 50)[-3:] == ["500", "ms", "probes"]
     assert row(lines, "teacher", 75)[-1] == "-"
     assert row(lines, "isolate")[-4:] == ["32", "ms", "CE", "speed"]
-    # 400 + 597.33 + 75 + 630 + 32 + 400 (screen) + 597.33 (KD) + 597.33 (boost) + 200 (random) = 3,529 ms
+    # 600 + 597.33 + 75 + 630 + 32 + 400 (screen) + 400 + 597.33 (KD) + 597.33 (boost) + 200 (random) + 597.33
+    # (smoothing) + 661.33 (extra steps) = 5,388 ms
     (total,) = [line for line in lines if line.startswith("All together")]
-    assert total.endswith("332,800 tokens, time 3.53 s for 19 of them.")
-    assert "20 runs (4 finished)" in total
+    assert total.endswith("511,232 tokens, time 5.39 s for 26 of them.")
+    assert "27 runs (4 finished)" in total
     assert f"CE speed: 10.4 ms per 1,000 tokens on {HERE}; while KD is active, a run takes longer than that." in lines
 
 
@@ -362,7 +368,7 @@ def test_times_that_are_not_fit_estimate_nothing_else(capsys, tmp_path, spoilt):
     write_run(tmp_path / "runs", first, step_ms=4.0, **({"device": HERE} | spoilt))
     lines = planned(capsys, tmp_path, *TINY, tmp_path / "measured.yaml")
     assert row(lines, "ce", 75)[-1] == "-"
-    assert row(lines, "ce", 50)[2:] == ["2", "1", "19,200", "38,400", "-"]
+    assert row(lines, "ce", 50)[2:] == ["3", "1", "19,200", "57,600", "-"]
     assert "1 finished" in "\n".join(lines)
 
 
@@ -418,17 +424,17 @@ def test_all_decided(capsys, results):
     decision = survivors(runs, 0)
     after = campaign.expand(config, {"projected": decision}, campaign.data_id(config, ROOT))
     selected = next(run.run_id for run in after if run.arm == "teacher")
-    decide(folder, projected=decision, selected={"run_id": selected})
+    decide(folder, projected=decision, selected={"run_id": selected, "train_time_ms": 0.1, "budget_ms": 0.1})
     lines = planned(capsys, folder, *measured(results))
     (undecided,) = [line for line in lines if line.startswith("Not decided yet")]
     assert undecided == (
-        "Not decided yet: KD, after the screening: at most 1 promoted x 2 seeds = 2 full runs, "
-        "3 controls (2 boost without KD, 1 random teacher)."
+        "Not decided yet: KD, after the screening: at most 1 promoted x 2 horizons x 2 seeds = 4 full runs; "
+        "controls: 2 boost without KD, 1 random teacher, 2 label smoothing, 2 extra steps."
     )
     decide(folder, promoted={"points": [campaign.grid_points(config.kd.grid)[0].name]})
     lines = planned(capsys, folder, *measured(results))
     assert "All is decided." in lines and "After that, at most:" not in lines
-    assert [line for line in lines if line.startswith("All together: 18 runs (4 finished)")]
+    assert [line for line in lines if line.startswith("All together: 25 runs (4 finished)")]
 
 
 @pytest.mark.parametrize("none", ["no survivor", "no teacher"])
@@ -449,6 +455,7 @@ def test_a_decision_about_another_config_counts_as_not_taken(capsys, results, st
     decision = survivors(runs, 0)
     after = campaign.expand(config, {"projected": decision}, campaign.data_id(config, ROOT))
     selected = {"run_id": next(run.run_id for run in after if run.arm == "teacher")}
+    selected |= {"train_time_ms": 0.1, "budget_ms": 0.1}
     if stale == "candidates":
         decision["survivors"] = ["L9-H2-D8-26"]
     if stale == "teacher":

@@ -28,7 +28,7 @@ def make_imported(cost_ms=500.0, data="text-512-000000000000", **changes):
         windows=(128, 384),
         long_windows=(384,),
         data=dataclasses.replace(run.data, id=data),
-        val_tokens=16384,
+        val_tokens=8192,
         micro_batch_tokens=1024,
         max_doc_tokens=256,
         device="cpu",
@@ -244,7 +244,7 @@ def test_a_missing_or_unfit_import_is_named_with_its_remedy(tmp_path):
     with pytest.raises(ConfigError, match="measured with device cpu, but this campaign has cuda"):
         campaigns.check_imported(dataclasses.replace(campaign, device="cuda"), config.data.id, tmp_path)
     longer = dataclasses.replace(campaign, validation=dataclasses.replace(campaign.validation, tokens=32768))
-    with pytest.raises(ConfigError, match="measured with validation.tokens 16384, but this campaign has 32768"):
+    with pytest.raises(ConfigError, match="measured with validation.tokens 8192, but this campaign has 32768"):
         campaigns.check_imported(longer, config.data.id, tmp_path)
 
 
@@ -256,7 +256,7 @@ def test_plan_knows_that_kd_may_follow_an_imported_teacher(tmp_path, monkeypatch
     decided = tmp_path / "default/teacher"
     names = [candidate.name for candidate in campaign_with().teacher.candidates]
     write_json(decided / "projected.json", {"survivors": [], "rejected": dict.fromkeys(names, "too slow")})
-    write_json(decided / "selected.json", {"run_id": config.run_id})
+    write_json(decided / "selected.json", {"run_id": config.run_id, "train_time_ms": 500.0, "budget_ms": 500.0})
     assert cli.main(["plan", "--configfile", str(overlay), "--results", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "screen" in said and "left out" not in said and "(0 finished)" in said

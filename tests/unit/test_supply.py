@@ -44,7 +44,7 @@ def test_as_many_batches_are_counted_as_the_packer_fills(tmp_path, case):
 
 def test_the_longest_run_is_needed_whole(tiny, tiny_runs):
     needs = campaign.token_needs(tiny)
-    assert [run.seed for run in needs.runs] == [0, 1]
+    assert [run.seed for run in needs.runs] == [0, 1, 100]
     for run in needs.runs:
         assert run.tokens == max(run_tokens(r.config) for r in tiny_runs if r.config.seed == run.seed)
     assert (needs.batch_tokens, needs.max_doc_tokens, needs.val_tokens, needs.max_epochs) == (128, 64, 512, 1)

@@ -416,3 +416,21 @@ def test_checkpoints_that_take_long_are_rarer(monkeypatch):
     for now[0] in (5.0, 10.0, 26.0, 28.0, 60.0):
         paced()
     assert made == [5.0, 28.0, 60.0]
+
+
+def test_label_smoothing_has_the_gradient_of_torchs(tiny_runs, manifest):
+    config = pick(tiny_runs, "control_smooth")
+    trainer = Trainer(config, Dataset(manifest), None, "reference")
+    hidden = torch.randn(7, config.model.dim, requires_grad=True)
+    labels = torch.randint(config.model.vocab_size, (7,))
+    target, weights = trainer._uniform(hidden)
+    head, cap = trainer.model.head_weight.detach().normal_(), trainer.model.softcap
+    loss = train_module.distill_loss(hidden, head, target, labels, student_softcap=cap, **weights)
+    a, b, c = config.model.softcap
+    peer = torch.nn.functional.cross_entropy(
+        a * torch.sigmoid((hidden @ head.T + b) / c), labels, label_smoothing=config.label_smoothing
+    )
+    grads = [torch.autograd.grad(value, hidden)[0] for value in (loss.total, peer)]
+    torch.testing.assert_close(*grads)
+    plain = torch.nn.functional.cross_entropy(a * torch.sigmoid((hidden @ head.T + b) / c), labels)
+    assert loss.hard.item() == pytest.approx(plain.item())  # what steps.csv shows is not smoothed

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.slow
 
 LEDGER = (
     "run_id mode teacher_params_m teacher_steps teacher_train_time_ms alpha temp kd_lr_boost student_steps best_val "
-    "final_val steps_to_target status artifact_dir kd_cache_ms kd_cache_ms_amortised"
-).split()  # the seed's columns, and two on caches
+    "final_val steps_to_target status artifact_dir"
+).split()  # the seed's columns, which stand first
 
 
 def rows(path):
@@ -37,11 +37,14 @@ def test_every_stage_leaves_its_result(finished):
     expected = """ce/timing.csv budget.json teacher/probe.csv teacher/projected.json teacher/trained.csv
         teacher/measured.json teacher/selected.json target.json kd/isolates.csv kd/screen.csv kd/promoted.json
         kd/full.csv controls.csv tables/curves.csv tables/runs.csv tables/compare.csv tables/teachers.csv
-        tables/ledger.csv verdict.json report/index.html figures/val_loss_steps.svg""".split()
+        tables/reached.csv tables/verdict.csv tables/steps_saved_trend.csv tables/break_even.csv
+        tables/stop_conditions.csv tables/teacher_budget10_summary.csv tables/ledger.csv verdict.json
+        report/index.html figures/val_loss_steps.svg""".split()
     assert [name for name in expected if not (results / name).is_file()] == []
     runs = rows(results / "tables/runs.csv")
     assert {r["arm"] for r in runs} == {
-        *("ce", "probe", "teacher", "isolate", "screen", "kd", "control_boost", "control_random")
+        *("ce", "probe", "teacher", "isolate", "screen", "kd"),
+        *("control_boost", "control_random", "control_smooth", "control_extra"),
     }
     assert {r["status"] for r in runs} == {"ok"}
 
@@ -60,7 +63,7 @@ def test_the_budget_is_a_tenth_of_the_median_ce_time_at_the_longest_horizon(fini
 
 def test_the_ledger_has_the_seeds_columns_and_every_run_once(finished):
     ledger = rows(finished.path / "results/tiny/tables/ledger.csv")
-    assert list(ledger[0]) == LEDGER
+    assert list(ledger[0])[: len(LEDGER)] == LEDGER
     folders = {f.name for f in (finished.path / "results/runs").iterdir()}
     assert len(ledger) == len(folders) and {r["run_id"] for r in ledger} == folders
 
@@ -98,7 +101,7 @@ def test_one_temperature_trains_its_point_and_what_follows(changed):
     screened = [name for name in new if "-50-t3-" in name]
     promoted = json.loads((changed.path / "results/tiny/kd/promoted.json").read_text())["points"]
     follows = [name for name in new if promoted == ["T3-boost1.5-hold0.15-drop0.35"] and "-t3-" in name]
-    assert len(screened) == (2 if follows else 1)  # the point, and its random-teacher control if it is promoted
+    assert len(screened) == (4 if follows else 1)  # the point; if promoted, its random teacher and two seeds there too
     assert set(new) == {*screened, *follows}
 
 
@@ -153,7 +156,7 @@ def test_editing_a_comment_makes_nothing_again(changed):
 
 def test_editing_the_loss_trains_again_unless_code_is_frozen(changed):
     changed.edit("kdclimb/kernels/chunked.py", "def chunk_tokens(", "EDITED = 1\n\n\ndef chunk_tokens(")
-    ce_and_probes = 4 + 3
+    ce_and_probes = 5 + 3
     assert jobs(changed.run("-n", *TINY)).count("train") >= ce_and_probes
     frozen = overlay(changed, "frozen", code="frozen")
     assert "train" not in jobs(changed.run("-n", *frozen))
@@ -171,7 +174,7 @@ def test_forgotten_results_are_made_again(changed):
 
 def test_one_target_alone(checkout):
     planned = jobs(checkout.run("-n", "results/tiny/budget.json", *TINY))
-    assert sorted(set(planned)) == ["budget", "ce_baseline", "data", "train"] and planned.count("train") == 4
+    assert sorted(set(planned)) == ["budget", "ce_baseline", "data", "train"] and planned.count("train") == 5
 
 
 # ---- how it ends when things go wrong
@@ -225,6 +228,17 @@ def test_a_diverged_ce_baseline_stops_the_campaign_with_a_clear_word(checkout):
     output = checkout.run("results/tiny/budget.json", *arguments, code=None)
     assert "diverged" in output and "kdclimb retry" in output and "Traceback" not in output
     assert not (checkout.path / "results/tiny/budget.json").exists()
+
+
+def test_a_log_sets_the_budget_before_anything_is_trained(checkout):
+    (checkout.path / "ce.txt").write_text("step:75/75 val_loss:4.0 train_time:694015ms step_avg:9253.5ms\n")
+    baseline = {"source": "log", "log": "ce.txt"}
+    arguments = overlay(checkout, "log", baseline=baseline, controls={"extra_steps": False})
+    output = checkout.run("results/tiny/budget.json", *arguments)
+    assert "train" not in jobs(output)
+    assert json.loads((checkout.path / "results/tiny/budget.json").read_text())["budget_ms"] == pytest.approx(69401.5)
+    refused = checkout.run("-n", *overlay(checkout, "both", baseline=baseline), code=None)
+    assert "controls.extra_steps: True is not allowed" in refused
 
 
 def test_a_failed_candidate_is_rejected_with_its_reason(changed):
@@ -315,7 +329,9 @@ def test_shipped_campaigns_dry_run(checkout, config):
     campaign = yaml.safe_load((ROOT / config).read_text())["campaign"]
     assert output.splitlines()[0].startswith(f"kdclimb: campaign {campaign} on cuda")
     planned = jobs(output)
-    assert planned.count("train") == 3 * 2 + 7 and {"data", "kd_screen", "compare", "ledger", "report"} <= set(planned)
+    assert planned.count("train") == 3 * 3 + 1 + 7 and {"data", "kd_screen", "compare", "ledger", "report"} <= set(
+        planned
+    )
 
 
 def test_plain_snakemake_works_in_a_prepared_environment(finished):

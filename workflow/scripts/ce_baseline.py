@@ -4,4 +4,4 @@ from kdclimb.analysis import budget
 from kdclimb.analysis.tables import run_script
 
 if __name__ == "__main__":
-    raise SystemExit(run_script(__doc__, budget.ce_baseline, "out", runs=True))
+    raise SystemExit(run_script(__doc__, budget.ce_baseline, "out", runs=True, log=str))

@@ -1,4 +1,4 @@
-"""Collect the control runs: the LR boost without KD, and KD from a random teacher."""
+"""Collect the control runs: what could explain a gain without the teacher's knowledge."""
 
 from kdclimb.analysis import targets
 from kdclimb.analysis.tables import run_script
