@@ -1,4 +1,9 @@
 # CE student -> timing -> the teacher's budget.
+localrules:
+    ce_baseline,
+    budget,
+
+
 rule ce_baseline:
     input:
         summaries("ce"),

@@ -1,4 +1,12 @@
 # The teacher -> timing isolates, KD sweep, promotion, full runs and controls.
+localrules:
+    kd_isolates,
+    kd_screen,
+    kd_promote,
+    kd_full,
+    controls,
+
+
 # What KD costs a step: CE alone, with the teacher's forward pass, with the KD loss.
 rule kd_isolates:
     input:

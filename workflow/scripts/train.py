@@ -32,6 +32,7 @@ if __name__ == "__main__":
             threads=args.threads,
             any_code=args.code == "frozen",
             last_attempt=args.attempt >= args.attempts,
+            give_up=args.attempt > args.attempts,
         )
     except ValueError as error:
         sys.exit(f"train: {error}")
