@@ -61,7 +61,7 @@ RETRIES = 0 if not workflow.is_main_process else 1 if MINUTES is None else 3
 GPU_TYPE = of_profile("gpu_type", "default") if CAMPAIGN.device == "cuda" else "default"
 SIGNAL = of_profile("slurm_signal", "TERM@120")  # NAME@SECONDS, before a job's time limit
 LONGEST = max(run.tokens for run in campaigns.token_needs(CAMPAIGN).runs)
-_expanded = {}  # {decisions: runs}, since a wide campaign asks for each of its runs, and again
+_expanded = {}  # by decisions: the runs, their configs by id, and the batches; a wide campaign asks for each, and again
 
 
 def expand_runs():
@@ -70,7 +70,8 @@ def expand_runs():
     key = canonical_json(decisions)
     if key not in _expanded:
         found = campaigns.expand(CAMPAIGN, decisions, Path(DATA).name)
-        _expanded[key] = found, {run.run_id: run.config for run in found}
+        screened = {run.run_id: run.config for run in found if run.arm == "screen"}
+        _expanded[key] = found, {run.run_id: run.config for run in found}, batches(list(screened.values()))
         if MINUTES is not None and workflow.is_main_process:
             print(plan_on_cluster(), file=sys.stderr)
     return _expanded[key]
@@ -96,15 +97,14 @@ def asked_run(wildcards):
     return found
 
 
-def batches(arm):
-    """{NofM: runs} of a sweep whose points are trained several in one job, dealt out in turn."""
-    points = list({run.run_id: run.config for run in runs(arm)}.values())
+def batches(points):
+    """{NofM: configs} of a sweep whose points are trained several in one job, dealt out in turn."""
     count = math.ceil(len(points) / CAMPAIGN.cluster.points_per_job)
     return {f"{i + 1}of{count}": points[i::count] for i in range(count)}
 
 
 def asked_batch(wildcards):
-    found = batches("screen").get(wildcards.batch)
+    found = expand_runs()[2].get(wildcards.batch)
     if found is None:
         raise WorkflowError(f"{RESULTS}/kd/batches/{wildcards.batch}.csv: the KD screening has no such batch")
     return found
@@ -158,7 +158,7 @@ def summaries(*arms, after=()):
         decided = [getattr(checkpoints, name).get().output[0] for name in after]
         batched = [arm for arm in arms if arm == "screen" and CAMPAIGN.cluster.points_per_job > 1]
         ids = [run.run_id for run in runs(*arms) if run.arm not in batched] + list(ids)
-        done = [f"{RESULTS}/kd/batches/{batch}.csv" for arm in batched for batch in batches(arm)]
+        done = [f"{RESULTS}/kd/batches/{batch}.csv" for batch in expand_runs()[2]] if batched else []
         return [f"results/runs/{run_id}/status.json" for run_id in ids] + done + decided
 
     return function

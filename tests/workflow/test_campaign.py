@@ -101,6 +101,30 @@ def test_one_temperature_trains_its_point_and_what_follows(changed):
     assert set(new) == {*screened, *follows}
 
 
+def test_points_share_a_job_and_trained_ones_come_back(changed):
+    before = changed.attempts()
+    grid = {"temperature": [1.0, 2.0, 3.0]}
+    arguments = overlay(changed, "batch", kd={"grid": grid}, cluster={"points_per_job": 2})
+    output = changed.run("results/tiny/kd/screen.csv", *arguments)
+    assert jobs(output).count("train_batch") == 2 and "train" not in jobs(output)
+    assert {name: n for name, n in changed.attempts().items() if "-50-t3-" not in name} == before
+    batches = [rows(file) for file in sorted(changed.path.glob("results/tiny/kd/batches/*.csv"))]
+    assert [[r["status"] for r in batch] for batch in batches] == [["ok", "ok"], ["ok"]]
+    screened = {r["run_id"] for r in rows(changed.path / "results/tiny/kd/screen.csv")}
+    assert {r["run_id"] for batch in batches for r in batch} == screened and len(screened) == 3
+    (new,) = (name for name in screened if "-50-t3-" in name)
+    subprocess.run([".venv/bin/python", "-m", "kdclimb", "retry", "--run", new], cwd=changed.path, check=True)
+    assert jobs(changed.run("-n", "results/tiny/kd/screen.csv", *arguments)).count("train_batch") == 1
+
+
+def test_a_thousand_points_are_planned(changed):
+    grid = {"temperature": [1 + i / 10 for i in range(10)], "lr_boost": [1.1 + i / 10 for i in range(10)]}
+    grid |= {"hold_frac": [0.1, 0.12, 0.14, 0.16, 0.18], "drop_frac": [0.3, 0.35]}
+    for points, rule, count in ((1, "train", 1000), (20, "train_batch", 50)):
+        arguments = overlay(changed, "wide", kd={"grid": grid}, cluster={"points_per_job": points})
+        assert jobs(changed.run("-n", *arguments)).count(rule) == count
+
+
 def test_editing_the_analysis_trains_nothing(changed):
     before = changed.attempts()
     changed.edit("kdclimb/analysis/targets.py", "def read_target(", "EDITED = 1\n\n\ndef read_target(")
