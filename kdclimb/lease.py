@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -47,8 +48,10 @@ def queued_jobs(folder: Path, comment: str) -> list[str]:
 
 @cache
 def _left_jobs(folder: Path) -> dict[str, list[str]]:
-    """{comment: ids} of what waited or ran when this process asked first."""
+    """{comment: ids} of what waited or ran when this process asked first; {} in a dry run where there is no Slurm."""
     jobs: dict[str, list[str]] = {}
+    if shutil.which("squeue") is None:
+        return jobs
     for line in _squeue(f"--user={os.getuid()}", "--format=%i|%Z|%k").stdout.splitlines():
         job, submitted_in, comment = line.split("|", 2)
         if Path(submitted_in) == folder:

@@ -125,6 +125,8 @@ def on_cluster(campaign: Campaign, root: Path, results: Path, width: int) -> str
             wall_hours = max(max(hours), sum(hours) / width)
             total, spent, wall = total + wall_hours, f"{sum(hours):,.2f}", f"{wall_hours:,.2f}"
         rows.append((name, f"{len(open_):,}", f"{len(jobs):,}", spent, wall))
+    if len(rows) == 1:
+        return "kdclimb: nothing is left to train"
     widths = [max(len(row[i]) for row in rows) for i in range(len(CLUSTER_HEADER))]
     lines = [f"kdclimb: to train, with {width} jobs at a time and no time in the queue:"]
     lines += [_line(row, widths, words=(0,)) for row in rows]
@@ -136,7 +138,8 @@ def _jobs(runs: dict[str, Run], points_per_job: int) -> list[list[str]]:
     """The runs' ids, job by job."""
     points = [run_id for run_id, run in runs.items() if run.arm == "screen"]
     count = math.ceil(len(points) / points_per_job)
-    return [[run_id] for run_id in runs if run_id not in points] + [points[i::count] for i in range(count)]
+    rest = [[run_id] for run_id, run in runs.items() if run.arm != "screen"]
+    return rest + [points[i::count] for i in range(count)]
 
 
 # ---- what runs ----------------------------------------------------------------------------------

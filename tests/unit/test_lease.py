@@ -102,5 +102,6 @@ def test_jobs_that_an_earlier_master_left(tmp_path, monkeypatch):
         return subprocess.CompletedProcess([], 0, "\n".join(lines) if job is None else states[job], "")
 
     monkeypatch.setattr(lease, "_squeue", squeue)
+    monkeypatch.setattr(lease.shutil, "which", lambda name: name)
     assert queued_jobs(tmp_path, "rule_train_wildcards_a") == ["7"]
     assert queued_jobs(tmp_path, "rule_train_wildcards_b") == []  # ended meanwhile

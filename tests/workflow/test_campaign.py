@@ -292,6 +292,16 @@ def test_a_bad_config_stops_before_any_job(checkout, changes, said):
     assert not (checkout.path / "results").exists()
 
 
+def test_the_slurm_profile_dry_runs_anywhere_and_takes_no_device_of_the_head_node(finished):
+    command = [".venv/bin/snakemake", "--cores", "8", "--profile", "slurm", "-n"]
+    options = {"cwd": finished.path, "capture_output": True, "text": True}
+    done = subprocess.run([*command, *TINY], **options)
+    assert done.returncode == 0 and "Nothing to be done" in done.stdout + done.stderr
+    assert "kdclimb: campaign tiny on cpu, through Slurm, at most 8 jobs at a time" in done.stderr.splitlines()
+    done = subprocess.run([*command, *TINY, "--config", "device=auto"], **options)
+    assert done.returncode != 0 and "config: device: 'auto' is not allowed on a cluster" in done.stdout + done.stderr
+
+
 def test_missing_shards_say_how_to_get_them(checkout):
     output = checkout.run(*overlay(checkout, "shards", data={"source": "shards"}), code=None)
     assert "data.shards.train" in output and "fineweb" in output and "Traceback" not in output
