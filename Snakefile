@@ -21,6 +21,10 @@ include: "rules/compare.smk"
 include: "rules/report.smk"
 
 
+localrules:
+    all,
+
+
 rule all:
     default_target: True
     input:

@@ -90,6 +90,10 @@ class RunFolder:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
+    def progress(self) -> int | None:
+        """When the resume state was written, in ns; None if there is none."""
+        return self.resume_file.stat().st_mtime_ns if self.resume_file.is_file() else None
+
     def count_attempt(self) -> int:
         file = self.state / "attempts"
         attempts = 1 + (int(file.read_text()) if file.is_file() else 0)

@@ -88,6 +88,12 @@ class PathsSection:
 
 
 @dataclass(frozen=True)
+class ClusterSection:
+    points_per_job: int
+    compile_cache: str | None
+
+
+@dataclass(frozen=True)
 class DataSection:
     source: str
     vocab_size: int
@@ -253,6 +259,7 @@ class Campaign:
     device: str
     code: str
     paths: PathsSection
+    cluster: ClusterSection
     data: DataSection
     student: StudentSection
     train: TrainSection

@@ -6,6 +6,7 @@ allows. No torch and no snakemake.
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -35,6 +36,8 @@ HEADER = ("stage", "steps", "runs", "finished", "tokens a run", "tokens", "time"
 FINISHED, PROBE, CE_SPEED = "finished runs", "probes", "CE speed"
 SAME_SPEED = ("model", "device", "clock", "modelled_tflops")  # of a run's config
 HOUR_MS = 3_600_000
+CLUSTER_HEADER = ("stage", "runs", "jobs", "device hours", "wall hours")
+STAGES = (("ce", "probe"), ("teacher",), ("isolate", "screen"), ("kd", "control_boost", "control_random"))
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,47 @@ def _read_decisions(folder: Path) -> dict:
             if not isinstance(decision.get(key, kind()), kind):
                 raise AnalysisError(f"{folder}: the decision {name} has no {kind.__name__} of {key}")
     return decisions
+
+
+def on_cluster(campaign: Campaign, root: Path, results: Path, width: int) -> str:
+    """What is left to train, as jobs of which `width` run at a time; raises AnalysisError as `plan` does.
+
+    A stage's wall time is that of its longest job, or of all its jobs shared out evenly, whichever is longer.
+    """
+    data = data_id(campaign, root)
+    planned = what_runs(campaign, _read_decisions(results / campaign.campaign), data)
+    finished, _ = finished_runs(results)
+    timing = Timing(campaign, planned, finished, results)
+    later = {run.run_id for run in planned.later}
+    rows, total = [CLUSTER_HEADER], 0.0
+    for arms in STAGES:
+        open_ = _distinct(r for r in [*planned.named, *planned.later] if r.arm in arms and r.run_id not in finished)
+        if not open_:
+            continue
+        jobs = _jobs(open_, campaign.cluster.points_per_job)
+        hours = [timing.hours(ids) for ids in jobs]
+        name = ", ".join(dict.fromkeys(run.arm for run in open_.values())) + (" (at most)" if later & {*open_} else "")
+        if None in hours:
+            total, spent, wall = math.nan, "-", "-"
+        else:
+            wall_hours = max(max(hours), sum(hours) / width)
+            total, spent, wall = total + wall_hours, f"{sum(hours):,.2f}", f"{wall_hours:,.2f}"
+        rows.append((name, f"{len(open_):,}", f"{len(jobs):,}", spent, wall))
+    if len(rows) == 1:
+        return "kdclimb: nothing is left to train"
+    widths = [max(len(row[i]) for row in rows) for i in range(len(CLUSTER_HEADER))]
+    lines = [f"kdclimb: to train, with {width} jobs at a time and no time in the queue:"]
+    lines += [_line(row, widths, words=(0,)) for row in rows]
+    unknown = f"  Times need {PROBE} or a finished CE run."
+    return "\n".join([*lines, unknown if math.isnan(total) else f"  All together: {total:,.2f} h."])
+
+
+def _jobs(runs: dict[str, Run], points_per_job: int) -> list[list[str]]:
+    """The runs' ids, job by job."""
+    points = [run_id for run_id, run in runs.items() if run.arm == "screen"]
+    count = math.ceil(len(points) / points_per_job)
+    rest = [[run_id] for run_id, run in runs.items() if run.arm != "screen"]
+    return rest + [points[i::count] for i in range(count)]
 
 
 # ---- what runs ----------------------------------------------------------------------------------
@@ -284,6 +328,11 @@ class Timing:
         sources = ", ".join(dict.fromkeys(estimate.source for estimate in estimates))
         return show_time(sum(estimate.ms for estimate in estimates)), sources
 
+    def hours(self, ids: Iterable[str]) -> float | None:
+        """Of these runs one after the other; None where one's time isn't known."""
+        estimates = [self.estimates[run_id] for run_id in ids]
+        return None if None in estimates else sum(estimate.ms for estimate in estimates) / HOUR_MS
+
     def total(self, planned: Planned) -> str:
         """Runs, tokens and time of everything; a run that several stages ask for counts once."""
         asked = [*planned.named, *planned.later]
@@ -308,8 +357,7 @@ class Timing:
         return lines
 
 
-def _line(row: tuple[str, ...], widths: list[int]) -> str:
-    words = (0, len(row) - 1)
+def _line(row: tuple[str, ...], widths: list[int], words: tuple[int, ...] = (0, len(HEADER) - 1)) -> str:
     cells = [f"{c:{w}}" if i in words else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True))]
     return "  ".join(["", *cells]).rstrip()
 

@@ -22,12 +22,14 @@ from kdclimb.artifacts import DeviceLease, RunFolder, write_json, write_tables
 from kdclimb.attention import choose_backend
 from kdclimb.config import ConfigError, RunConfig, short_hash
 from kdclimb.data import Dataset
+from kdclimb.lease import Lease, slurm_job
 from kdclimb.provenance import device_kind, source_hash, versions
 from kdclimb.teacher import checkpoint_facts, read_description, save_checkpoint
 from kdclimb.train import Diverged, Interrupted, Trainer
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: start it again and it goes on
 ENTRY = "workflow/scripts/train.py"
+KILLED_TRIES = 2  # tries without progress, each ended from outside, after which that is the run's result
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0}  # dense bf16, from NVIDIA's data sheets
 
 
@@ -56,6 +58,7 @@ def run(
     any_code: bool,
     last_attempt: bool,
     cache: Path | None = None,
+    give_up: bool = False,
 ) -> int:
     """Train `config` into the folder `out`; returns the exit code.
 
@@ -63,7 +66,7 @@ def run(
     status.json. 75: interrupted, start it again. 1: failed unexpectedly, and this was not the last attempt.
     Raises ConfigError or ValueError, and leaves no result, if config, data or teacher don't fit. A finished
     run with the same key (config, code, data, teacher, torch, threads) is brought back, not trained again;
-    `any_code` takes one of any code.
+    `any_code` takes one of any code. `give_up` makes a result of tries that were killed without a word.
     """
     if out.name != config.run_id:
         raise ConfigError(f"{out}: the folder of this config is called {config.run_id}")
@@ -80,7 +83,7 @@ def run(
         if folder.restore_complete(key, any_code=any_code):
             print(f"{config.run_id}: already complete; its artifacts are back", file=sys.stderr)
             return 0
-        return _Attempt(config, folder, dataset, teacher, cache, key, threads).go(last_attempt)
+        return _Attempt(config, folder, dataset, teacher, cache, key, threads).go(last_attempt, give_up)
 
 
 def _refuse_other_config(out: Path, config: RunConfig) -> None:
@@ -113,10 +116,18 @@ class _Attempt:
         self.started = datetime.now(UTC)
         self.trainer: Trainer | None = None
 
-    def go(self, last_attempt: bool) -> int:
+    def go(self, last_attempt: bool, give_up: bool) -> int:
         out = self.folder.path
         (out / "status.json").unlink(missing_ok=True)  # an earlier result, of other code or data
-        attempts = self.folder.count_attempt()
+        with Lease(self.folder.state / "lease.json", self.folder.progress()) as held:
+            attempts = self.folder.count_attempt()
+            if give_up and len(held.killed) >= KILLED_TRIES:
+                status = "oom" if any("OUT_OF_MEMORY" in how for how in held.killed) else "failed"
+                self._write(status, "; ".join(held.killed), attempts, shared=False)
+                return 0
+            return self._try(attempts, last_attempt)
+
+    def _try(self, attempts: int, last_attempt: bool) -> int:
         with DeviceLease(self.key["device"]) as lease:
             status, reason = self._log(attempts)
             shared = lease.shared()
@@ -135,7 +146,8 @@ class _Attempt:
             progress = Progress(self.config.run_id, log, self.config.schedule.stop_step)
             if new:
                 print(self._command(), file=log)
-            print(f"attempt {attempts}: {json.dumps(self.key)} {json.dumps(versions())}", file=log, flush=True)
+            job = f" (Slurm job {slurm_job()})" if slurm_job() else ""
+            print(f"attempt {attempts}{job}: {json.dumps(self.key)} {json.dumps(versions())}", file=log, flush=True)
             status, reason = self._train(_StopRequests(), progress)
             progress.report(f"{status}{': ' + reason if reason else ''}")
             progress.bar.close()
@@ -185,7 +197,7 @@ class _Attempt:
             save_checkpoint(checkpoints, trainer.model, facts | {"untied": trainer.model.head is not None})
         description = {
             "status": status,
-            "reason": reason,
+            "reason": f"{reason} (Slurm job {slurm_job()})" if reason and slurm_job() else reason,
             "started": self.started.isoformat(timespec="seconds"),
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
             "attempts": attempts,
@@ -281,8 +293,9 @@ def _memory(device: str) -> dict:
 
 
 class _StopRequests:
-    """Whether to stop: on SIGTERM or SIGINT, or when the master that KDCLIMB_MASTER names is gone.
+    """Whether to stop: on SIGTERM, SIGINT or SIGUSR1, or when the master that KDCLIMB_MASTER names is gone.
 
+    Slurm sends SIGTERM to what it preempts or requeues, and before its time limit the signal that sbatch asked for.
     ./run sets that variable. Without it a training job would outlive a killed master, and its successor
     would wait for a device that nobody watches.
     """
@@ -290,7 +303,7 @@ class _StopRequests:
     def __init__(self):
         self.signalled = False
         self.master = int(os.environ.get("KDCLIMB_MASTER", 0))
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._note)
 
     def _note(self, *_) -> None:

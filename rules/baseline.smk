@@ -1,4 +1,9 @@
 # CE student -> timing -> the teacher's budget.
+localrules:
+    ce_baseline,
+    budget,
+
+
 LOG = CAMPAIGN.baseline.log if CAMPAIGN.baseline.source == "log" else None
 
 

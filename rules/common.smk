@@ -1,6 +1,7 @@
 # What all rules share: the validated campaign, its runs, and helpers to ask for them. No rules here.
 import dataclasses
 import json
+import math
 import os
 import shlex
 import sys
@@ -9,10 +10,14 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from kdclimb import campaign as campaigns
+from kdclimb import plan
+from kdclimb.analysis.tables import AnalysisError
 from kdclimb.config import NGRAM_PREFIX, ConfigError, canonical_json
 from kdclimb.imported import PREFIX
+from kdclimb.lease import queued_jobs
 from kdclimb.mirror import mirror, not_mirrored
 from kdclimb.provenance import source_hash
+from kdclimb.schedule import total_tokens
 
 ROOT = Path(workflow.basedir)
 try:
@@ -37,23 +42,101 @@ wildcard_constraints:
     run=rf"(?!{PREFIX}|{NGRAM_PREFIX})[A-Za-z0-9.-]+",
     cache=r"[a-z_]+-[0-9a-f]+",
     table=rf"{NGRAM_PREFIX}[A-Za-z0-9.-]+",
+    batch=r"\d+of\d+",
+
+
+def of_profile(name, otherwise):
+    """A default resource that slurm/config.yaml sets, as text; `otherwise` without that profile."""
+    found = (workflow.resource_settings.default_resources or {}).get(name)
+    return otherwise if found is None else str(found.raw)
+
+
+MINUTES = of_profile("minutes", None)  # None: no cluster
+if MINUTES is not None and workflow.is_main_process:
+    if config["device"] == "auto":
+        raise WorkflowError(
+            "config: device: 'auto' is not allowed on a cluster, whose nodes differ; allowed: cpu, cuda"
+        )
+    width = f"through Slurm, at most {workflow.resource_settings.nodes} jobs at a time"
+    print(f"kdclimb: campaign {CAMPAIGN.campaign} on {CAMPAIGN.device}, {width}", file=sys.stderr)
+RETRIES = 0 if not workflow.is_main_process else 1 if MINUTES is None else 3
+GPU_TYPE = of_profile("gpu_type", "default") if CAMPAIGN.device == "cuda" else "default"
+SIGNAL = of_profile("slurm_signal", "TERM@120")  # NAME@SECONDS, before a job's time limit
+LONGEST = max(run.tokens for run in campaigns.token_needs(CAMPAIGN).runs)
+_expanded = {}  # by decisions: the runs, their configs by id, and the batches; a wide campaign asks for each, and again
+
+
+def expand_runs():
+    """All runs of the campaign, as far as the decisions taken so far name them; on a cluster, the plan at each news."""
+    decisions = campaigns.read_decisions(Path(RESULTS))
+    key = canonical_json(decisions)
+    if key not in _expanded:
+        found = campaigns.expand(CAMPAIGN, decisions, Path(DATA).name)
+        screened = {run.run_id: run.config for run in found if run.arm == "screen"}
+        _expanded[key] = found, {run.run_id: run.config for run in found}, batches(list(screened.values()))
+        if MINUTES is not None and workflow.is_main_process:
+            print(plan_on_cluster(), file=sys.stderr)
+    return _expanded[key]
+
+
+def plan_on_cluster():
+    try:
+        return plan.on_cluster(CAMPAIGN, ROOT, Path("results"), workflow.resource_settings.nodes)
+    except AnalysisError as error:
+        return f"kdclimb: no plan: {error}"
 
 
 def runs(*arms):
     """The campaign's runs of these arms, as far as the decisions taken so far name them; counted teachers too."""
-    decisions = campaigns.read_decisions(Path(RESULTS))
-    everything = campaigns.expand(CAMPAIGN, decisions, Path(DATA).name)
-    everything += campaigns.tables(CAMPAIGN, Path(DATA).name)
+    everything = expand_runs()[0] + campaigns.tables(CAMPAIGN, Path(DATA).name)
     return [run for run in everything if run.arm in arms]
 
 
 def asked_run(wildcards):
     """The run that a folder name stands for."""
-    decisions = campaigns.read_decisions(Path(RESULTS))
-    for run in campaigns.expand(CAMPAIGN, decisions, Path(DATA).name):
-        if run.run_id == wildcards.run:
-            return run.config
-    raise WorkflowError(f"results/runs/{wildcards.run}: no run of campaign {CAMPAIGN.campaign} has this name")
+    found = expand_runs()[1].get(wildcards.run)
+    if found is None:
+        raise WorkflowError(f"results/runs/{wildcards.run}: no run of campaign {CAMPAIGN.campaign} has this name")
+    return found
+
+
+def batches(points):
+    """{NofM: configs} of a sweep whose points are trained several in one job, dealt out in turn."""
+    count = math.ceil(len(points) / CAMPAIGN.cluster.points_per_job)
+    return {f"{i + 1}of{count}": points[i::count] for i in range(count)}
+
+
+def asked_batch(wildcards):
+    found = expand_runs()[2].get(wildcards.batch)
+    if found is None:
+        raise WorkflowError(f"{RESULTS}/kd/batches/{wildcards.batch}.csv: the KD screening has no such batch")
+    return found
+
+
+def runtime(configs, attempt):
+    """Minutes that a job of these runs may take: their share of `minutes` by tokens, a tenth of it for each start, and
+    those between warning and limit.
+    """
+    if MINUTES is None:
+        return 0
+    tokens = [total_tokens(config.schedule, config.schedule.stop_step) for config in configs]
+    share = 0.1 * len(tokens) + 0.9 * sum(tokens) / LONGEST
+    return attempt * max(1, math.ceil(int(MINUTES) * share)) + math.ceil(int(SIGNAL.split("@")[1]) / 60)
+
+
+def longest_runtime(attempt):
+    """Minutes of a job that takes less than the longest run."""
+    return 0 if MINUTES is None else attempt * int(MINUTES)
+
+
+def sbatch_options(name):
+    """The warning before the time limit; and where a master that is gone left a job for the same, to wait for that."""
+    if MINUTES is None:
+        return ""
+    options = f"--signal={SIGNAL}"
+    if workflow.is_main_process and (left := queued_jobs(Path.cwd(), name)):
+        options += f" --dependency=afterany:{':'.join(left)}"
+    return options
 
 
 def asked_table(wildcards):
@@ -110,8 +193,10 @@ def summaries(*arms, after=()):
     def function(wildcards):
         ids = imported_runs(arms)  # first, so that a mistake stops everything before anything is trained
         decided = [getattr(checkpoints, name).get().output[0] for name in after]
-        ids = [*(run.run_id for run in runs(*arms)), *ids, *logged_runs(arms)]
-        return [f"results/runs/{run_id}/status.json" for run_id in ids] + decided
+        batched = [arm for arm in arms if arm == "screen" and CAMPAIGN.cluster.points_per_job > 1]
+        ids = [*(run.run_id for run in runs(*arms) if run.arm not in batched), *ids, *logged_runs(arms)]
+        done = [f"{RESULTS}/kd/batches/{batch}.csv" for batch in expand_runs()[2]] if batched else []
+        return [f"results/runs/{run_id}/status.json" for run_id in ids] + done + decided
 
     return function
 
@@ -134,22 +219,26 @@ def code(rule):
     return source_hash(f"workflow/scripts/{rule}.py")
 
 
-def teacher_checkpoints(wildcards):
-    kd = asked_run(wildcards).kd
-    return [] if kd is None else f"results/runs/{kd.teacher}/checkpoints"
+def teacher_checkpoints(*configs):
+    return sorted({f"results/runs/{config.kd.teacher}/checkpoints" for config in configs if config.kd is not None})
 
 
-def target_cache(wildcards):
-    kd = asked_run(wildcards).kd
-    return [] if kd is None or kd.cache is None else f"results/caches/{kd.cache}"
+def target_cache(config):
+    return [] if config.kd is None or config.kd.cache is None else f"results/caches/{config.kd.cache}"
 
 
-def train_code(wildcards):
+def train_code(run_id):
     """The trainer's hash; under `code: frozen`, that of the finished run, so that nothing counts as changed."""
-    status = Path(f"results/runs/{wildcards.run}/status.json")
+    status = Path(f"results/runs/{run_id}/status.json")
     if CAMPAIGN.code == "frozen" and status.is_file():
         return json.loads(status.read_text())["code_hash"]
     return code("train")
+
+
+def compile_cache():
+    """Words for `env` that send what torch.compile and Triton make to the node's own disk."""
+    folder = CAMPAIGN.cluster.compile_cache
+    return "" if folder is None else f'TORCHINDUCTOR_CACHE_DIR="{folder}/inductor" TRITON_CACHE_DIR="{folder}/triton"'
 
 
 def copy_to_mirror():

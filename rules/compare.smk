@@ -17,6 +17,11 @@ ALL_ARMS = (
 )
 
 
+localrules:
+    compare,
+    ledger,
+
+
 rule compare:
     input:
         runs=summaries(*ALL_ARMS, after=["kd_promote"]),

@@ -1,4 +1,12 @@
 # The teacher -> timing isolates, KD sweep, promotion, full runs and controls.
+localrules:
+    kd_isolates,
+    kd_screen,
+    kd_promote,
+    kd_full,
+    controls,
+
+
 # An n-gram teacher: counted, not trained, and a run like any other to what learns from it.
 rule ngram:
     input:
@@ -14,11 +22,14 @@ rule ngram:
         checkpoints=directory("results/runs/{table}/checkpoints"),
     log:
         "results/runs/{table}/train.log",
+    retries: RETRIES
     conda:
         "../envs/kdclimb.yaml"
     threads: workflow.resource_settings.cores or 1
     resources:
+        runtime=lambda wildcards, attempt: longest_runtime(attempt),
         gpu=int(CAMPAIGN.device == "cuda"),
+        gpu_model="" if GPU_TYPE == "default" else GPU_TYPE,
     params:
         config=lambda wildcards: shlex.quote(canonical_json(dataclasses.asdict(asked_table(wildcards)))),
         code=code("ngram"),
@@ -37,11 +48,14 @@ rule kd_cache:
         directory("results/caches/{cache}"),
     log:
         "results/caches/{cache}.log",
+    retries: RETRIES
     conda:
         "../envs/kdclimb.yaml"
     threads: workflow.resource_settings.cores or 1
     resources:
+        runtime=lambda wildcards, attempt: longest_runtime(attempt),
         gpu=int(CAMPAIGN.device == "cuda"),
+        gpu_model="" if GPU_TYPE == "default" else GPU_TYPE,
     params:
         config=lambda wildcards: shlex.quote(canonical_json(dataclasses.asdict(asked_cache(wildcards)))),
         code=code("kd_cache"),

@@ -1,4 +1,9 @@
 # Tables -> the page and its figures. Computes nothing.
+localrules:
+    report,
+    mirror,
+
+
 rule report:
     input:
         curves=f"{RESULTS}/tables/curves.csv",

@@ -1,4 +1,13 @@
 # Teacher candidates -> probe -> filter -> training -> filter -> the teacher, and the target it sets.
+localrules:
+    teacher_probe,
+    filter_projected,
+    teacher_train,
+    filter_measured,
+    teacher_select,
+    target,
+
+
 # Candidates are probed, and their full time is projected.
 rule teacher_probe:
     input:

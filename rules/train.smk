@@ -5,8 +5,8 @@
 rule train:
     input:
         manifest=f"{DATA}/manifest.json",
-        teacher=teacher_checkpoints,
-        cache=target_cache,
+        teacher=lambda wildcards: teacher_checkpoints(asked_run(wildcards)),
+        cache=lambda wildcards: target_cache(asked_run(wildcards)),
     output:
         config="results/runs/{run}/config.json",
         steps="results/runs/{run}/steps.csv",
@@ -18,23 +18,63 @@ rule train:
         checkpoints=directory("results/runs/{run}/checkpoints"),
     log:
         "results/runs/{run}/train.log",
-    retries: 1
+    retries: RETRIES
     conda:
         "../envs/kdclimb.yaml"
     # A timed run holds the whole device: no other job may take its cores.
     threads: workflow.resource_settings.cores or 1
     resources:
         attempt=lambda wildcards, attempt: attempt,
+        runtime=lambda wildcards, attempt: runtime([asked_run(wildcards)], attempt),
+        slurm_extra=lambda wildcards: sbatch_options(f"rule_train_wildcards_{wildcards.run}"),
         gpu=int(CAMPAIGN.device == "cuda"),
-        # Neither is a param, since changing a param reruns.
+        gpu_model="" if GPU_TYPE == "default" else GPU_TYPE,
+        # None is a param, since changing a param reruns.
         code_policy=CAMPAIGN.code,
         mirror=f"--mirror {shlex.quote(str(MIRROR))}" if MIRROR else "",
+        compile_cache=compile_cache(),
     params:
         config=lambda wildcards: shlex.quote(asked_run(wildcards).canonical()),
         teacher=lambda wildcards, input: (f"--teacher {input.teacher}" if input.teacher else ""),
         cache=lambda wildcards, input: f"--cache {input.cache}" if input.cache else "",
-        code=train_code,
+        code=lambda wildcards: train_code(wildcards.run),
+    # exec: a signal to all processes of the job must find the trainer, and no shell that dies of it before.
     shell:
-        "python workflow/scripts/train.py --config {params.config} --out $(dirname {output.status})"
-        " --manifest {input.manifest} {params.teacher} {params.cache} --threads {threads}"
+        "exec env {resources.compile_cache} python workflow/scripts/train.py --config {params.config}"
+        " --out $(dirname {output.status}) --manifest {input.manifest} {params.teacher} {params.cache}"
+        " --threads {threads}"
         " --code {resources.code_policy} --attempt {resources.attempt} --attempts 2 {resources.mirror}"
+
+
+# Several points of the KD screening in one job. Their folders are those of `train`, which brings back a run from there
+# if it is asked for by name.
+rule train_batch:
+    input:
+        manifest=f"{DATA}/manifest.json",
+        teacher=lambda wildcards: teacher_checkpoints(*asked_batch(wildcards)),
+        caches=lambda wildcards: sorted({target_cache(c) for c in asked_batch(wildcards) if target_cache(c)}),
+    output:
+        f"{RESULTS}/kd/batches/{{batch}}.csv",
+    log:
+        f"{RESULTS}/logs/train_batch/{{batch}}.log",
+    retries: RETRIES
+    conda:
+        "../envs/kdclimb.yaml"
+    threads: workflow.resource_settings.cores or 1
+    resources:
+        attempt=lambda wildcards, attempt: attempt,
+        runtime=lambda wildcards, attempt: runtime(asked_batch(wildcards), attempt),
+        slurm_extra=lambda wildcards: sbatch_options(f"rule_train_batch_wildcards_{wildcards.batch}"),
+        gpu=int(CAMPAIGN.device == "cuda"),
+        gpu_model="" if GPU_TYPE == "default" else GPU_TYPE,
+        code_policy=CAMPAIGN.code,
+        mirror=f"--mirror {shlex.quote(str(MIRROR))}" if MIRROR else "",
+        compile_cache=compile_cache(),
+    params:
+        configs=lambda wildcards: " ".join(shlex.quote(config.canonical()) for config in asked_batch(wildcards)),
+        code=lambda wildcards: [train_code(config.run_id) for config in asked_batch(wildcards)],
+    shell:
+        "exec env {resources.compile_cache} python workflow/scripts/train_batch.py --configs {params.configs}"
+        " --manifest {input.manifest} --teacher {input.teacher} --threads {threads}"
+        " --code {resources.code_policy} --attempt {resources.attempt} --attempts 2 {resources.mirror}"
+        " --out {output} --log {log}"

@@ -1,11 +1,12 @@
-"""Order of the tests, what fails fastest first; and where Triton's kernels run: on the GPU under -m gpu, else in its
-interpreter.
+"""Order of the tests, what fails fastest first; where Triton's kernels run: on the GPU under -m gpu, else in its
+interpreter; and the finished tiny campaign that several folders look at.
 """
 
 import os
 import sys
 
 import pytest
+from checkouts import TINY, Checkout
 
 FOLDERS = ("unit", "workflow")  # then all others
 
@@ -13,6 +14,14 @@ FOLDERS = ("unit", "workflow")  # then all others
 # Triton reads this once, when it is imported: by another conftest.py or by tests/gpu, and so before any hook is called.
 if "gpu" not in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The tiny campaign, run once from nothing to its report. Read only: copy it to change it."""
+    checkout = Checkout(tmp_path_factory.mktemp("finished") / "kdclimb")
+    checkout.output = checkout.run(*TINY)
+    return checkout
 
 
 def pytest_collection_modifyitems(items):

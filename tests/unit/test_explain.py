@@ -167,7 +167,7 @@ def test_a_key_of_a_lists_entries(capsys, name):
         ("kd.stop_margin.x", "kd.stop_margin.x: unknown key; nearest: kd.stop_margin"),
         (
             "zzz",
-            "zzz: unknown key; the top level has: campaign, device, code, paths, data, student, train, optim",
+            "zzz: unknown key; the top level has: campaign, device, code, paths, cluster, data, student, train, optim",
         ),
     ],
 )
@@ -355,6 +355,24 @@ def test_times_come_from_finished_runs_probes_and_the_ce_speed(capsys, results):
     assert total.endswith("511,232 tokens, time 5.39 s for 26 of them.")
     assert "27 runs (4 finished)" in total
     assert f"CE speed: 10.4 ms per 1,000 tokens on {HERE}; while KD is active, a run takes longer than that." in lines
+
+
+def test_the_plan_on_a_cluster_shares_jobs_out(tmp_path):
+    # Six screening points, each as long as the finished CE run, 5 h: two jobs of three points.
+    changes = {
+        "kd": {"grid": {"temperature": [1.0, 2.0, 3.0], "lr_boost": [1.5, 2.0]}},
+        "cluster": {"points_per_job": 3},
+    }
+    config = campaign.load(merged("tests/tiny.yaml", changes), ROOT)
+    runs = campaign.expand(config, {}, campaign.data_id(config, ROOT))
+    write_run(tmp_path / "runs", runs[0].config, step_ms=360_000.0, device=HERE)
+    one, two = (plan.on_cluster(config, ROOT, tmp_path, width).splitlines() for width in (1, 2))
+    assert two[0] == "kdclimb: to train, with 2 jobs at a time and no time in the queue:"
+    assert row(two, "ce,")[-2:] == ["-", "-"]  # of the probes no time is known
+    # 30 h of points in two jobs and 3 * 1,024 / 19,200 * 5 h = 0.8 h of isolates: 15.4 h on two GPUs
+    assert row(one, "isolate,")[-4:] == ["9", "5", "30.80", "30.80"]
+    assert row(two, "isolate,")[-4:] == ["9", "5", "30.80", "15.40"]
+    assert two[-1] == "  Times need probes or a finished CE run."
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DATA = ("fetch", "prepare", "shards", "sources", "supply", "text", "tokenizer")
-LIGHT = ("bundle", "campaign", "config", "explain", "imported", "logs", "mirror", "plan", "provenance", *DATA)
+LIGHT = (
+    "bundle", "campaign", "config", "explain", "imported", "lease", "logs", "mirror", "plan", "provenance", *DATA,
+)  # fmt: skip
 WITHOUT_TORCH = [f"kdclimb.{name}" for name in LIGHT] + sorted(
     f"kdclimb.analysis.{path.stem}" for path in (ROOT / "kdclimb/analysis").glob("*.py") if path.stem != "__init__"
 )

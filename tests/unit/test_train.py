@@ -18,6 +18,7 @@ from configs import ROOT, merged
 from safetensors.torch import load_file
 
 from kdclimb import campaign
+from kdclimb import lease as lease_module
 from kdclimb import model as model_module
 from kdclimb import optim as optim_module
 from kdclimb import run as run_module
@@ -153,15 +154,16 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     assert rows(out / "summary.csv")[0]["broken"] == ("0" if kill_at <= 10 else "1")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_stops_at_the_next_step_and_the_run_goes_on_from_there(
-    tiny_runs, train, teacher_folder, kd_run, tmp_path, monkeypatch
+    number, tiny_runs, train, teacher_folder, kd_run, tmp_path, monkeypatch
 ):
     config = pick(tiny_runs, "kd")
     step = Trainer.train_step
 
     def interrupted(self, **options):
         if self.step == 31:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return step(self, **options)
 
     monkeypatch.setattr(Trainer, "train_step", interrupted)
@@ -171,6 +173,29 @@ def test_a_signal_stops_at_the_next_step_and_the_run_goes_on_from_there(
     assert train(config, tmp_path, teacher_folder)[0] == 0
     assert "resumed at step 32" in (out / "train.log").read_text()
     assert_same_result(kd_run, out, ignore=("broken",))
+
+
+@pytest.mark.parametrize(("state", "status"), [("FAILED", "failed"), ("OUT_OF_MEMORY", "oom")])
+def test_killed_tries_without_progress_become_a_result(state, status, tiny_runs, train, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(self, **options):
+        raise Killed
+
+    config = pick(tiny_runs, "ce")
+    monkeypatch.setattr(lease_module.Lease, "__exit__", lambda *_: None)  # as after SIGKILL
+    monkeypatch.setattr(lease_module, "job_state", lambda job: state)
+    monkeypatch.setattr(Trainer, "train_step", killed)
+    for job in ("1", "2"):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        with pytest.raises(Killed):
+            train(config, tmp_path, give_up=True)  # one killed try is not enough
+    monkeypatch.setenv("SLURM_JOB_ID", "3")
+    code, out = train(config, tmp_path, give_up=True)
+    found = json.loads((out / "status.json").read_text())
+    assert code == 0 and found["status"] == rows(out / "summary.csv")[0]["status"] == status
+    assert found["reason"].startswith(f"Slurm job 1 was ended: {state}; Slurm job 2 was ended: {state}")
 
 
 def test_a_run_stops_when_its_master_is_gone(tiny_runs, train, tmp_path, monkeypatch):

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PARTS = "Snakefile config data envs kdclimb requirements.txt requirements-dev.txt rules run tests workflow".split()
+PARTS = "Snakefile config data envs kdclimb requirements.txt requirements-dev.txt rules run slurm tests".split()
+PARTS += ["workflow"]
 TINY = ["--configfile", "tests/tiny.yaml"]
 
 

@@ -1,15 +1,7 @@
-"""A finished tiny campaign, and checkouts to change."""
+"""Checkouts to change."""
 
 import pytest
-from checkouts import TINY, Checkout
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """The tiny campaign, run once from nothing to its report. Read only: copy it to change it."""
-    checkout = Checkout(tmp_path_factory.mktemp("finished") / "kdclimb")
-    checkout.output = checkout.run(*TINY)
-    return checkout
+from checkouts import Checkout
 
 
 @pytest.fixture

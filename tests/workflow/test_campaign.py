@@ -140,6 +140,30 @@ def test_kd_from_a_cache_that_its_runs_share(changed):
     assert "Nothing to be done" in changed.run("-n", *arguments)
 
 
+def test_points_share_a_job_and_trained_ones_come_back(changed):
+    before = changed.attempts()
+    grid = {"temperature": [1.0, 2.0, 3.0]}
+    arguments = overlay(changed, "batch", kd={"grid": grid}, cluster={"points_per_job": 2})
+    output = changed.run("results/tiny/kd/screen.csv", *arguments)
+    assert jobs(output).count("train_batch") == 2 and "train" not in jobs(output)
+    assert {name: n for name, n in changed.attempts().items() if "-50-t3-" not in name} == before
+    batches = [rows(file) for file in sorted(changed.path.glob("results/tiny/kd/batches/*.csv"))]
+    assert [[r["status"] for r in batch] for batch in batches] == [["ok", "ok"], ["ok"]]
+    screened = {r["run_id"] for r in rows(changed.path / "results/tiny/kd/screen.csv")}
+    assert {r["run_id"] for batch in batches for r in batch} == screened and len(screened) == 3
+    (new,) = (name for name in screened if "-50-t3-" in name)
+    subprocess.run([".venv/bin/python", "-m", "kdclimb", "retry", "--run", new], cwd=changed.path, check=True)
+    assert jobs(changed.run("-n", "results/tiny/kd/screen.csv", *arguments)).count("train_batch") == 1
+
+
+def test_a_thousand_points_are_planned(changed):
+    grid = {"temperature": [1 + i / 10 for i in range(10)], "lr_boost": [1.1 + i / 10 for i in range(10)]}
+    grid |= {"hold_frac": [0.1, 0.12, 0.14, 0.16, 0.18], "drop_frac": [0.3, 0.35]}
+    for points, rule, count in ((1, "train", 1000), (20, "train_batch", 50)):
+        arguments = overlay(changed, "wide", kd={"grid": grid}, cluster={"points_per_job": points})
+        assert jobs(changed.run("-n", *arguments)).count(rule) == count
+
+
 def test_editing_the_analysis_trains_nothing(changed):
     before = changed.attempts()
     changed.edit("kdclimb/analysis/targets.py", "def read_target(", "EDITED = 1\n\n\ndef read_target(")
@@ -316,6 +340,16 @@ def test_a_bad_config_stops_before_any_job(checkout, changes, said):
     output = checkout.run(*overlay(checkout, "bad", **changes), code=None)
     assert said in output and "Traceback" not in output
     assert not (checkout.path / "results").exists()
+
+
+def test_the_slurm_profile_dry_runs_anywhere_and_takes_no_device_of_the_head_node(finished):
+    command = [".venv/bin/snakemake", "--cores", "8", "--profile", "slurm", "-n"]
+    options = {"cwd": finished.path, "capture_output": True, "text": True}
+    done = subprocess.run([*command, *TINY], **options)
+    assert done.returncode == 0 and "Nothing to be done" in done.stdout + done.stderr
+    assert "kdclimb: campaign tiny on cpu, through Slurm, at most 8 jobs at a time" in done.stderr.splitlines()
+    done = subprocess.run([*command, *TINY, "--config", "device=auto"], **options)
+    assert done.returncode != 0 and "config: device: 'auto' is not allowed on a cluster" in done.stdout + done.stderr
 
 
 def test_missing_shards_say_how_to_get_them(checkout):

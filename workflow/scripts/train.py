@@ -34,6 +34,7 @@ if __name__ == "__main__":
             any_code=args.code == "frozen",
             last_attempt=args.attempt >= args.attempts,
             cache=args.cache,
+            give_up=args.attempt > args.attempts,
         )
     except ValueError as error:
         sys.exit(f"train: {error}")
