@@ -77,7 +77,7 @@ def trainers(caches, dataset, teacher_folder):
 
 def test_cached_hidden_states_are_those_of_the_teacher_to_bf16(trainers):
     cached, online = trainers("hidden")
-    stream = cached.dataset.train_stream(0, 64)
+    stream = cached.dataset.train_stream(cached.config.seed, 64)
     for place in range(cached.cache.config.micro_batches):
         target, truth = cached.cache.target(place, "cpu"), online.kd.target(stream.next_batch(128, "cpu"), place)
         assert isinstance(target, DenseTeacher) and target.hidden.dtype == torch.float32
@@ -242,11 +242,12 @@ def test_runs_of_a_horizon_and_seed_share_a_cache_of_hidden_states(tiny_runs, ma
     config = campaign.load(merged("tests/tiny.yaml", {"kd": {"cache": "hidden"}}), ROOT)
     (teacher,) = (run for run in tiny_runs if run.arm == "teacher")
     points = [point.name for point in campaign.grid_points(config.kd.grid)]
-    decisions = {"projected": {"survivors": [teacher.label]}, "selected": {"run_id": teacher.run_id}}
+    selected = {"run_id": teacher.run_id, "train_time_ms": 0.1, "budget_ms": 0.1}
+    decisions = {"projected": {"survivors": [teacher.label]}, "selected": selected}
     decisions["promoted"] = {"points": points}
     runs = campaign.expand(config, decisions, manifest.parent.name)
     reading = {run.config.kd.cache for run in runs if run.config.kd and run.config.kd.cache}
-    assert reading == set(campaign.caches(config, decisions, manifest.parent.name)) and len(reading) == 3
+    assert reading == set(campaign.caches(config, decisions, manifest.parent.name)) and len(reading) == 5
     for run in runs:
         kd = run.config.kd
         online = kd is None or kd.infer_only or kd.random_teacher

@@ -386,7 +386,8 @@ def taught(tiny_runs, manifest, teacher_folder, tmp_path):
         config = campaign.load(merged("tests/tiny.yaml", {"kd": {} if source == "teacher" else changes}), ROOT)
         teacher, data = pick(tiny_runs, "teacher"), manifest.parent.name
         (label,) = (run.label for run in tiny_runs if run.arm == "teacher")
-        decisions = {"projected": {"survivors": [label]}, "selected": {"run_id": teacher.run_id}}
+        selected = {"run_id": teacher.run_id, "train_time_ms": 0.1, "budget_ms": 0.1}
+        decisions = {"projected": {"survivors": [label]}, "selected": selected}
         decisions["promoted"] = {"points": [campaign.grid_points(config.kd.grid)[0].name]}
         if source == "ngram":
             (table,) = campaign.tables(config, data)
