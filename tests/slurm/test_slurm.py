@@ -9,20 +9,24 @@ import yaml
 from checkouts import ROOT, Checkout, jobs, overlay
 from cluster import Master, call
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 CANDIDATES = yaml.safe_load((ROOT / "tests/tiny.yaml").read_text())["teacher"]["candidates"]
-SMALL = {"train": {"seeds": [0]}, "teacher": {"candidates": CANDIDATES[:1]}}
+SMALL = {
+    "train": {"seeds": [0]},
+    "teacher": {"candidates": CANDIDATES[:1]},
+    "controls": {"label_smoothing": 0.0, "extra_steps": False},
+}
 TOO_LARGE = {"num_layers": 40, "num_heads": 32, "head_dim": 64, "steps": 30}
 OVER_LIMIT, WITHOUT_MASTER = 3000, 1300  # steps of some 25 ms; the first must take more than a minute on any machine
 
 
 def one_run(master: Master, steps: int, **changes) -> tuple[str, list[str]]:
-    """The id of a campaign's single CE run, of so many steps, and the arguments that make it."""
+    """The id of a campaign's CE run of so many steps with seed 0, and the arguments that make it alone."""
     changes = {"train": {"horizons": [steps], "seeds": [0]}, "data": {"max_epochs": 1000}} | changes
-    arguments = ["results/tiny/ce/timing.csv", *overlay(master, "one", **changes)]
-    (run_id,) = {r for r in ids_of(master.dry_run(*arguments)) if r.startswith("ce-")}
-    return run_id, arguments
+    configfiles = overlay(master, "one", **changes)
+    (run_id,) = {r for r in ids_of(master.dry_run("results/tiny/ce/timing.csv", *configfiles)) if "-s0-" in r}
+    return run_id, [f"results/runs/{run_id}/status.json", *configfiles]
 
 
 def ids_of(output: str) -> list[str]:
@@ -68,7 +72,7 @@ def test_the_tiny_campaign_as_typed_has_the_tables_of_a_local_one(tmp_path, clus
     submitted = [comment for _, comment in cluster.jobs()]
     assert submitted.count("rule_data") == 1 and submitted.count("rule_train_batch_wildcards_1of1") == 1
     assert {comment.split("_wildcards")[0] for comment in submitted} == {"rule_data", "rule_train", "rule_train_batch"}
-    assert len(submitted) == output.count("has been submitted") == 1 + 2 + 1 + 1 + 3 + 1 + 3
+    assert len(submitted) == output.count("has been submitted") == 1 + 3 + 1 + 1 + 3 + 1 + 4
     assert {r for r in jobs(output)} - {"data", "train", "train_batch"} == set(jobs(finished.output)) - {
         "data",
         "train",

@@ -67,11 +67,11 @@ WRONG = {
     "empty": "config: data.text.files[0]: 'wrong/empty' is not allowed; allowed: a folder with",
     "binary.txt": "data: {}/wrong/binary.txt: not UTF-8 text (byte 0x89 at offset 0)",
     "no_field.jsonl": "{}/wrong/no_field.jsonl:2: no field 'text' (data.text.field); there is body",
-    "few.txt": "data.max_epochs: CE 50 needs 19,200 training tokens",
+    "few.txt": "data.max_epochs: CE with 5 more steps needs 20,992 training tokens",
     "magic": "config: {}/wrong/magic.bin: not a token shard",
     "odd": "config: {}/wrong/odd.bin: 80025 bytes, but its header promises 80024; it is cut or damaged",
     "large_id": "data: {}/wrong/large_id.bin: holds token id 400; data.vocab_size is 384",
-    "short": "config: data.max_epochs: CE 50 needs 19,200 training tokens",
+    "short": "config: data.max_epochs: CE with 5 more steps needs 20,992 training tokens",
     "missing": "data: data.shards.train: no file matches 'wrong/missing.bin'",
 }
 
@@ -135,4 +135,7 @@ def test_plan_tells_the_tokens(wrong):
     done = subprocess.run(
         [sys.executable, "-m", "kdclimb", "plan", *TINY], cwd=wrong.path, capture_output=True, text=True, check=True
     )
-    assert "Tokens needed and there: CE 75 28,672 of not known yet in 1 pass (data.max_epochs)" in done.stdout
+    assert (
+        "Tokens needed and there: CE with 8 more steps 31,744 of not known yet in 1 pass (data.max_epochs)"
+        in done.stdout
+    )
