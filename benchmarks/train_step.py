@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import Rows
-from kdclimb import campaign, schedule
+from kdclimb import campaign, expansion, schedule, sections
 from kdclimb.artifacts import write_json
 from kdclimb.attention import choose_backend
 from kdclimb.config import ATTENTION_BACKENDS, AttentionConfig, RunConfig
@@ -53,19 +53,19 @@ def synthetic(folder: Path, tokens: int, bos: int) -> Dataset:
     return Dataset(folder / "manifest.json")
 
 
-def student(files: list[Path], horizon: int | None) -> tuple[RunConfig, campaign.Campaign]:
+def student(files: list[Path], horizon: int | None) -> tuple[RunConfig, sections.Campaign]:
     values = read_config(files)
     values["data"]["source"] = "text"  # whose files are there; only the shapes count
     loaded = campaign.load(values, ROOT)
-    runs = [run.config for run in campaign.expand(loaded, {}) if run.arm == "ce"]
+    runs = [run.config for run in expansion.expand(loaded, {}) if run.arm == "ce"]
     config = next(run for run in runs if horizon in (None, run.schedule.horizon))
     one_batch = dataclasses.replace(config.validation, tokens=config.schedule.micro_batch_tokens)
     return dataclasses.replace(config, validation=one_batch), loaded
 
 
-def with_teacher(trainer: Trainer, shape: list[int], loaded: campaign.Campaign) -> None:
+def with_teacher(trainer: Trainer, shape: list[int], loaded: sections.Campaign) -> None:
     """Give the trainer an untrained teacher: a step takes as long."""
-    candidate = campaign.Candidate(*shape, steps=1)
+    candidate = sections.Candidate(*shape, steps=1)
     config = campaign._Expansion(loaded, "synthetic").teacher(candidate)
     with torch.device(trainer.device):
         teacher = GPT(config, **trainer.options).requires_grad_(False)
@@ -133,7 +133,7 @@ def main() -> None:
         run(config, loaded, synthetic(Path(folder), 60_000_000, config.data.vocab_size - 48), args)
 
 
-def run(config: RunConfig, loaded: campaign.Campaign, dataset: Dataset, args: argparse.Namespace) -> None:
+def run(config: RunConfig, loaded: sections.Campaign, dataset: Dataset, args: argparse.Namespace) -> None:
     backend = choose_backend(AttentionConfig(args.attention, False), "cuda")
     trainer = Trainer(config, dataset, None, backend)
     arms = {"ce": False}

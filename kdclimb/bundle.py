@@ -35,11 +35,13 @@ from tqdm import tqdm
 
 from kdclimb.analysis import selection
 from kdclimb.artifacts import MADE_AT_THE_END, write_text, write_via
-from kdclimb.campaign import Campaign, data_id, expand, read_decisions, tables
+from kdclimb.campaign import data_id, read_decisions
 from kdclimb.config import NGRAM_PREFIX, ConfigError, build
+from kdclimb.expansion import expand, tables
 from kdclimb.imported import PREFIX, read_config
 from kdclimb.mirror import campaign_files, run_files
 from kdclimb.provenance import git_commit, source_hash
+from kdclimb.sections import Campaign
 
 INDEX, FORMAT = "index.json", 1
 WEIGHTS, MARK = (Path(name).name for name in (selection.WEIGHTS[0], selection.ELSEWHERE))

@@ -26,13 +26,14 @@ from tqdm import tqdm
 
 from kdclimb.artifacts import RunFolder, write_json, write_tables, write_text
 from kdclimb.attention import choose_backend
-from kdclimb.campaign import Campaign, data_id
+from kdclimb.campaign import data_id
 from kdclimb.config import ConfigError, DataRef, ModelConfig, require
 from kdclimb.data import Dataset
 from kdclimb.evaluate import validate
 from kdclimb.imported import ImportedConfig, Origin
 from kdclimb.model import GPT
 from kdclimb.provenance import device_kind, source_hash, versions
+from kdclimb.sections import Campaign
 from kdclimb.teacher import data_facts, save_checkpoint
 
 ENTRY = "kdclimb/import_teacher.py"

@@ -17,20 +17,12 @@ from kdclimb import supply
 from kdclimb.analysis.budget import is_shared
 from kdclimb.analysis.selection import PROBE_COLUMNS
 from kdclimb.analysis.tables import AnalysisError, RunFolder, read_csv, show_ms
-from kdclimb.campaign import (
-    Campaign,
-    Run,
-    check_tokens,
-    data_id,
-    expand,
-    grid_points,
-    read_decisions,
-    token_needs,
-    token_supply,
-)
+from kdclimb.campaign import check_tokens, data_id, read_decisions, token_needs, token_supply
 from kdclimb.config import RunConfig
+from kdclimb.expansion import Run, expand, grid_points
 from kdclimb.provenance import device_kind
 from kdclimb.schedule import total_tokens
+from kdclimb.sections import Campaign
 
 HEADER = ("stage", "steps", "runs", "finished", "tokens a run", "tokens", "time", "time from")
 FINISHED, PROBE, CE_SPEED = "finished runs", "probes", "CE speed"

@@ -10,6 +10,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from kdclimb import campaign as campaigns
+from kdclimb import expansion
 from kdclimb import plan
 from kdclimb.analysis.tables import AnalysisError
 from kdclimb.config import NGRAM_PREFIX, ConfigError, canonical_json
@@ -71,7 +72,7 @@ def expand_runs():
     decisions = campaigns.read_decisions(Path(RESULTS))
     key = canonical_json(decisions)
     if key not in _expanded:
-        found = campaigns.expand(CAMPAIGN, decisions, Path(DATA).name)
+        found = expansion.expand(CAMPAIGN, decisions, Path(DATA).name)
         screened = {run.run_id: run.config for run in found if run.arm == "screen"}
         _expanded[key] = found, {run.run_id: run.config for run in found}, batches(list(screened.values()))
         if MINUTES is not None and workflow.is_main_process:
@@ -88,7 +89,7 @@ def plan_on_cluster():
 
 def runs(*arms):
     """The campaign's runs of these arms, as far as the decisions taken so far name them; counted teachers too."""
-    everything = expand_runs()[0] + campaigns.tables(CAMPAIGN, Path(DATA).name)
+    everything = expand_runs()[0] + expansion.tables(CAMPAIGN, Path(DATA).name)
     return [run for run in everything if run.arm in arms]
 
 
@@ -141,7 +142,7 @@ def sbatch_options(name):
 
 def asked_table(wildcards):
     """The n-gram teacher that a folder name stands for."""
-    for run in campaigns.tables(CAMPAIGN, Path(DATA).name):
+    for run in expansion.tables(CAMPAIGN, Path(DATA).name):
         if run.run_id == wildcards.table:
             return run.config
     raise WorkflowError(f"results/runs/{wildcards.table}: no teacher of campaign {CAMPAIGN.campaign} has this name")
@@ -150,7 +151,7 @@ def asked_table(wildcards):
 def asked_cache(wildcards):
     """The cache of teacher targets that a folder name stands for."""
     decisions = campaigns.read_decisions(Path(RESULTS))
-    known = campaigns.caches(CAMPAIGN, decisions, Path(DATA).name)
+    known = expansion.caches(CAMPAIGN, decisions, Path(DATA).name)
     if wildcards.cache not in known:
         raise WorkflowError(f"results/caches/{wildcards.cache}: no run of campaign {CAMPAIGN.campaign} reads it")
     return known[wildcards.cache]

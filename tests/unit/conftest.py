@@ -6,7 +6,7 @@ import pytest
 import torch
 from configs import ROOT, merged
 
-from kdclimb import campaign
+from kdclimb import campaign, expansion
 from kdclimb.attention import Documents, Span, attention
 from kdclimb.prepare import prepare
 from kdclimb.run import run
@@ -29,14 +29,14 @@ def tiny_runs(tiny, manifest):
     """All runs of the tiny campaign, as if the first candidate were selected and T1 promoted."""
     name = tiny.teacher.candidates[0].name
     data = manifest.parent.name
-    teacher = next(r for r in campaign.expand(tiny, {"projected": {"survivors": [name]}}, data) if r.arm == "teacher")
-    point = campaign.grid_points(tiny.kd.grid)[0].name
+    teacher = next(r for r in expansion.expand(tiny, {"projected": {"survivors": [name]}}, data) if r.arm == "teacher")
+    point = expansion.grid_points(tiny.kd.grid)[0].name
     decisions = {
         "projected": {"survivors": [name]},
         "selected": {"run_id": teacher.run_id, "train_time_ms": 0.1, "budget_ms": 0.1},
         "promoted": {"points": [point]},
     }
-    return campaign.expand(tiny, decisions, data)
+    return expansion.expand(tiny, decisions, data)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import yaml
 from configs import merged
 
 from kdclimb import campaign as campaigns
+from kdclimb import expansion
 from kdclimb.analysis.tables import RunFolder
 from kdclimb.artifacts import SUMMARY_COLUMNS
 from kdclimb.config import RunConfig
@@ -211,7 +212,7 @@ class SyntheticCampaign:
         self.clock, self.edit = clock, lambda run: {}  # `edit` may override what write_run is given for a run
 
     def expanded(self, *arms):
-        runs = campaigns.expand(self.campaign, campaigns.read_decisions(self.out))
+        runs = expansion.expand(self.campaign, campaigns.read_decisions(self.out))
         return [run for run in runs if not arms or run.arm in arms]
 
     def flags(self, *arms):

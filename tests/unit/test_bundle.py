@@ -14,7 +14,7 @@ import pytest
 from configs import ROOT, merged
 from test_analysis_synthetic import write_run
 
-from kdclimb import campaign
+from kdclimb import campaign, expansion
 from kdclimb.__main__ import main
 from kdclimb.artifacts import write_json
 from kdclimb.bundle import BundleError
@@ -24,7 +24,7 @@ from kdclimb.provenance import source_hash
 TINY = ["--configfile", str(ROOT / "tests/tiny.yaml")]
 CAMPAIGN = campaign.load(merged("tests/tiny.yaml"), ROOT)
 DATA = campaign.data_id(CAMPAIGN, ROOT)
-RUNS = {run.run_id: run.config for run in campaign.expand(CAMPAIGN, {}, DATA) if run.arm == "ce"}
+RUNS = {run.run_id: run.config for run in expansion.expand(CAMPAIGN, {}, DATA) if run.arm == "ce"}
 RUN = f"runs/{next(iter(RUNS))}"
 
 

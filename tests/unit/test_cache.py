@@ -9,7 +9,7 @@ import pytest
 import torch
 from configs import ROOT, merged
 
-from kdclimb import campaign, write_cache
+from kdclimb import campaign, expansion, write_cache
 from kdclimb.cache import DESCRIPTION, TargetCache
 from kdclimb.config import ConfigError
 from kdclimb.data import Dataset
@@ -34,8 +34,8 @@ def expanded(manifest, tiny_runs):
             kd["top_k"] = 0
         config = campaign.load(merged("tests/tiny.yaml", {"kd": kd}), ROOT)
         data = manifest.parent.name
-        run = next(run for run in campaign.expand(config, decisions, data) if run.arm == "screen")
-        return run.config, campaign.caches(config, decisions, data)[run.config.kd.cache]
+        run = next(run for run in expansion.expand(config, decisions, data) if run.arm == "screen")
+        return run.config, expansion.caches(config, decisions, data)[run.config.kd.cache]
 
     return cached
 
@@ -241,18 +241,18 @@ def test_a_full_disk_is_refused_before_anything_is_written(expanded, tmp_path, m
 def test_runs_of_a_horizon_and_seed_share_a_cache_of_hidden_states(tiny_runs, manifest):
     config = campaign.load(merged("tests/tiny.yaml", {"kd": {"cache": "hidden"}}), ROOT)
     (teacher,) = (run for run in tiny_runs if run.arm == "teacher")
-    points = [point.name for point in campaign.grid_points(config.kd.grid)]
+    points = [point.name for point in expansion.grid_points(config.kd.grid)]
     selected = {"run_id": teacher.run_id, "train_time_ms": 0.1, "budget_ms": 0.1}
     decisions = {"projected": {"survivors": [teacher.label]}, "selected": selected}
     decisions["promoted"] = {"points": points}
-    runs = campaign.expand(config, decisions, manifest.parent.name)
+    runs = expansion.expand(config, decisions, manifest.parent.name)
     reading = {run.config.kd.cache for run in runs if run.config.kd and run.config.kd.cache}
-    assert reading == set(campaign.caches(config, decisions, manifest.parent.name)) and len(reading) == 5
+    assert reading == set(expansion.caches(config, decisions, manifest.parent.name)) and len(reading) == 5
     for run in runs:
         kd = run.config.kd
         online = kd is None or kd.infer_only or kd.random_teacher
         assert online == (kd is None or kd.cache is None)
-    assert not campaign.caches(campaign.load(merged("tests/tiny.yaml"), ROOT), decisions, manifest.parent.name)
+    assert not expansion.caches(campaign.load(merged("tests/tiny.yaml"), ROOT), decisions, manifest.parent.name)
 
 
 @pytest.mark.parametrize(

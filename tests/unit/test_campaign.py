@@ -5,19 +5,19 @@ import dataclasses
 import pytest
 from configs import ROOT, merged
 
-from kdclimb import campaign
+from kdclimb import campaign, expansion, sections
 
 
 def expand_all(config):
     names = [c.name for c in config.teacher.candidates]
     decisions = {"projected": {"survivors": names}}
-    teacher = next(r for r in campaign.expand(config, decisions) if r.arm == "teacher").run_id
-    points = [p.name for p in campaign.grid_points(config.kd.grid)]
+    teacher = next(r for r in expansion.expand(config, decisions) if r.arm == "teacher").run_id
+    points = [p.name for p in expansion.grid_points(config.kd.grid)]
     decisions |= {
         "selected": {"run_id": teacher, "train_time_ms": 0.1, "budget_ms": 0.1},
         "promoted": {"points": points[-1:]},
     }
-    return campaign.expand(config, decisions)
+    return expansion.expand(config, decisions)
 
 
 def arms(runs):
@@ -29,7 +29,7 @@ def arms(runs):
 
 def test_default_campaign_has_the_runs_it_should_and_at_most_50():
     config = campaign.load(merged({"device": "cpu"}), ROOT)
-    assert arms(campaign.expand(config, {})) == {"ce": 10, "probe": 6}
+    assert arms(expansion.expand(config, {})) == {"ce": 10, "probe": 6}
     runs = expand_all(config)
     assert len({run.run_id for run in runs}) <= 50
     controls = {"control_boost": 3, "control_random": 1, "control_smooth": 3, "control_extra": 3}
@@ -47,21 +47,21 @@ def test_student_is_the_same_in_ce_and_kd_arms(tiny_runs):
 
 
 def test_grid_points_without_a_boost_are_one_whatever_hold_and_drop():
-    grid = campaign.GridSection((1.0,), (1.0, 2.0), (0.1, 0.2), (0.3, 0.4))
-    names = [p.name for p in campaign.grid_points(grid)]
+    grid = sections.GridSection((1.0,), (1.0, 2.0), (0.1, 0.2), (0.3, 0.4))
+    names = [p.name for p in expansion.grid_points(grid)]
     assert names == ["T1"] + [f"T1-boost2-hold{h:g}-drop{d:g}" for h in (0.1, 0.2) for d in (0.3, 0.4)]
 
 
 def test_decisions_of_another_config_expand_to_nothing(tiny):
     stale = {"projected": {"survivors": ["L9-H9-D9-9"]}, "selected": {"run_id": "gone"}, "promoted": {"points": ["T9"]}}
-    assert set(arms(campaign.expand(tiny, stale))) == {"ce", "probe"}
+    assert set(arms(expansion.expand(tiny, stale))) == {"ce", "probe"}
 
 
 def test_one_temperature_changes_only_its_point(tiny):
     changed = campaign.load(merged("tests/tiny.yaml", {"kd": {"grid": {"temperature": [1.0, 3.0]}}}), ROOT)
     before, after = ({r.run_id for r in expand_all(c) if r.arm == "screen"} for c in (tiny, changed))
     assert len(before & after) == 1 and len(after - before) == 1
-    rest = [{r.run_id for r in campaign.expand(c, {}) if r.arm != "screen"} for c in (tiny, changed)]
+    rest = [{r.run_id for r in expansion.expand(c, {}) if r.arm != "screen"} for c in (tiny, changed)]
     assert rest[0] == rest[1]
 
 
@@ -89,17 +89,17 @@ def test_control_boost_has_the_lr_of_its_kd_runs_but_no_kd(tiny_runs):
 
 @pytest.mark.parametrize("decided", [{}, {"projected": {"survivors": []}}, {"selected": {"run_id": None}}])
 def test_without_a_teacher_there_is_no_kd(tiny, decided):
-    assert set(arms(campaign.expand(tiny, decided))) == {"ce", "probe"}
+    assert set(arms(expansion.expand(tiny, decided))) == {"ce", "probe"}
 
 
 def test_extra_steps_are_worth_the_teachers_time(tiny):
     """A teacher of 60 % of a budget of 10 %: CE goes on for 6 % of its longest horizon, 75 steps."""
     name = tiny.teacher.candidates[0].name
     survivors = {"projected": {"survivors": [name]}}
-    teacher = next(r for r in campaign.expand(tiny, survivors) if r.arm == "teacher").run_id
+    teacher = next(r for r in expansion.expand(tiny, survivors) if r.arm == "teacher").run_id
     selected = {"run_id": teacher, "train_time_ms": 600.0, "budget_ms": 1000.0}
-    point = campaign.grid_points(tiny.kd.grid)[0].name
-    runs = campaign.expand(tiny, survivors | {"selected": selected, "promoted": {"points": [point]}})
+    point = expansion.grid_points(tiny.kd.grid)[0].name
+    runs = expansion.expand(tiny, survivors | {"selected": selected, "promoted": {"points": [point]}})
     extra = [r for r in runs if r.arm == "control_extra"]
     assert [(r.label, r.config.schedule.horizon, r.config.kd) for r in extra] == [("4 more steps", 79, None)] * 2
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from configs import ROOT, merged
 
-from kdclimb import campaign
+from kdclimb import campaign, expansion, sections
 from kdclimb.config import ConfigError, RunConfig, build
 
 SHIPPED = ["config/h100.yaml", "config/legacy_lr.yaml", "config/seed155.yaml", "tests/tiny.yaml"]
@@ -148,7 +148,7 @@ def test_unknown_key_in_a_run_config_is_refused(tiny_runs):
 
 def test_schema_defaults_are_config_yaml_and_properties_are_the_dataclasses():
     schema = yaml.safe_load((ROOT / "config/schema.yaml").read_text())
-    _same(schema, campaign.Campaign, merged(), "")
+    _same(schema, sections.Campaign, merged(), "")
 
 
 def _same(schema, cls, values, where):
@@ -192,7 +192,7 @@ def test_h100_and_seed155_carry_the_seeds_values():
             768,
             2560,
         )
-        names = campaign.expand(config, {})
+        names = expansion.expand(config, {})
         model = next(r.config.model for r in names if r.arm == "ce")
         assert (model.long_layers, model.value_layers) == ((3, 10), (0, 1, 8, 9, 10))
         teacher = next(r.config.model for r in names if r.arm == "probe" and r.label == "L3-H6-D128-250")

@@ -9,7 +9,7 @@ import yaml
 from configs import ROOT, merged
 from test_analysis_synthetic import write_run
 
-from kdclimb import campaign, explain, plan
+from kdclimb import campaign, expansion, explain, plan
 from kdclimb.__main__ import main
 from kdclimb.analysis.selection import PROBE_COLUMNS
 from kdclimb.artifacts import write_csv
@@ -309,7 +309,7 @@ def results(tmp_path):
     """
     (tmp_path / "measured.yaml").write_text("budget: {clock: measured}")
     config = campaign.load(merged("tests/tiny.yaml", {"budget": {"clock": "measured"}}), ROOT)
-    runs = campaign.expand(config, {}, campaign.data_id(config, ROOT))
+    runs = expansion.expand(config, {}, campaign.data_id(config, ROOT))
     write_run(tmp_path / "runs", runs[0].config, step_ms=4.0, device=HERE)
     probes = [run for run in runs if run.arm == "probe"]
     rows = []
@@ -364,7 +364,7 @@ def test_the_plan_on_a_cluster_shares_jobs_out(tmp_path):
         "cluster": {"points_per_job": 3},
     }
     config = campaign.load(merged("tests/tiny.yaml", changes), ROOT)
-    runs = campaign.expand(config, {}, campaign.data_id(config, ROOT))
+    runs = expansion.expand(config, {}, campaign.data_id(config, ROOT))
     write_run(tmp_path / "runs", runs[0].config, step_ms=360_000.0, device=HERE)
     one, two = (plan.on_cluster(config, ROOT, tmp_path, width).splitlines() for width in (1, 2))
     assert two[0] == "kdclimb: to train, with 2 jobs at a time and no time in the queue:"
@@ -382,7 +382,7 @@ def test_the_plan_on_a_cluster_shares_jobs_out(tmp_path):
 def test_times_that_are_not_fit_estimate_nothing_else(capsys, tmp_path, spoilt):
     (tmp_path / "measured.yaml").write_text("budget: {clock: measured}")
     config = campaign.load(merged("tests/tiny.yaml", {"budget": {"clock": "measured"}}), ROOT)
-    first = campaign.expand(config, {}, campaign.data_id(config, ROOT))[0].config
+    first = expansion.expand(config, {}, campaign.data_id(config, ROOT))[0].config
     write_run(tmp_path / "runs", first, step_ms=4.0, **({"device": HERE} | spoilt))
     lines = planned(capsys, tmp_path, *TINY, tmp_path / "measured.yaml")
     assert row(lines, "ce", 75)[-1] == "-"
@@ -400,14 +400,14 @@ def tiny_kd_run():
     config = campaign.load(merged("tests/tiny.yaml"), ROOT)
     data = campaign.data_id(config, ROOT)
     decision = {"projected": {"survivors": [config.teacher.candidates[0].name]}}
-    teacher = next(run.run_id for run in campaign.expand(config, decision, data) if run.arm == "teacher")
-    runs = campaign.expand(config, decision | {"selected": {"run_id": teacher}}, data)
+    teacher = next(run.run_id for run in expansion.expand(config, decision, data) if run.arm == "teacher")
+    runs = expansion.expand(config, decision | {"selected": {"run_id": teacher}}, data)
     return next(run.config for run in runs if run.arm == "screen")
 
 
 def test_modelled_time_may_be_from_any_machine(capsys, tmp_path):
     config = campaign.load(merged("tests/tiny.yaml"), ROOT)
-    first = campaign.expand(config, {}, campaign.data_id(config, ROOT))[0].config
+    first = expansion.expand(config, {}, campaign.data_id(config, ROOT))[0].config
     write_run(tmp_path / "runs", first, step_ms=4.0, device="cpu Other")
     lines = planned(capsys, tmp_path)
     assert row(lines, "ce", 75)[-4:] == ["597", "ms", "CE", "speed"]  # 2 * 28,672 tokens at 96 tokens a ms
@@ -440,7 +440,7 @@ def test_all_decided(capsys, results):
     folder, runs = results
     config = campaign.load(merged("tests/tiny.yaml", {"budget": {"clock": "measured"}}), ROOT)
     decision = survivors(runs, 0)
-    after = campaign.expand(config, {"projected": decision}, campaign.data_id(config, ROOT))
+    after = expansion.expand(config, {"projected": decision}, campaign.data_id(config, ROOT))
     selected = next(run.run_id for run in after if run.arm == "teacher")
     decide(folder, projected=decision, selected={"run_id": selected, "train_time_ms": 0.1, "budget_ms": 0.1})
     lines = planned(capsys, folder, *measured(results))
@@ -449,7 +449,7 @@ def test_all_decided(capsys, results):
         "Not decided yet: KD, after the screening: at most 1 promoted x 2 horizons x 2 seeds = 4 full runs; "
         "controls: 2 boost without KD, 1 random teacher, 2 label smoothing, 2 extra steps."
     )
-    decide(folder, promoted={"points": [campaign.grid_points(config.kd.grid)[0].name]})
+    decide(folder, promoted={"points": [expansion.grid_points(config.kd.grid)[0].name]})
     lines = planned(capsys, folder, *measured(results))
     assert "All is decided." in lines and "After that, at most:" not in lines
     assert [line for line in lines if line.startswith("All together: 25 runs (4 finished)")]
@@ -471,7 +471,7 @@ def test_a_decision_about_another_config_counts_as_not_taken(capsys, results, st
     folder, runs = results
     config = campaign.load(merged("tests/tiny.yaml", {"budget": {"clock": "measured"}}), ROOT)
     decision = survivors(runs, 0)
-    after = campaign.expand(config, {"projected": decision}, campaign.data_id(config, ROOT))
+    after = expansion.expand(config, {"projected": decision}, campaign.data_id(config, ROOT))
     selected = {"run_id": next(run.run_id for run in after if run.arm == "teacher")}
     selected |= {"train_time_ms": 0.1, "budget_ms": 0.1}
     if stale == "candidates":
@@ -479,7 +479,7 @@ def test_a_decision_about_another_config_counts_as_not_taken(capsys, results, st
     if stale == "teacher":
         selected["run_id"] = "kd-of-yore"
     points = {key: ["T9"] for key in ("candidates", "teacher", "points")}
-    points["promote"] = [point.name for point in campaign.grid_points(config.kd.grid)]  # 2, where 1 may be
+    points["promote"] = [point.name for point in expansion.grid_points(config.kd.grid)]  # 2, where 1 may be
     decide(folder, projected=decision, selected=selected, promoted={"points": points[stale]})
     (undecided,) = [line for line in planned(capsys, folder, *measured(results)) if line.startswith("Not decided yet")]
     expected = {"candidates": "teachers", "teacher": "KD, after the selection", "points": "KD, after the screening"}

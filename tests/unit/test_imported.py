@@ -11,6 +11,7 @@ from test_analysis_synthetic import SyntheticCampaign, make_config, read_rows
 
 from kdclimb import __main__ as cli
 from kdclimb import campaign as campaigns
+from kdclimb import expansion
 from kdclimb.analysis import selection
 from kdclimb.analysis.tables import RunFolder, write_csv
 from kdclimb.artifacts import STEP_COLUMNS, SUMMARY_COLUMNS, VAL_COLUMNS, write_json
@@ -225,11 +226,11 @@ def test_only_imported_runs_may_be_named():
 def test_expand_stays_pure_and_takes_it_as_the_teacher():
     config = campaign_with("imported-x-0123456789ab")
     decided = {"projected": {"survivors": []}, "selected": {"run_id": "imported-x-0123456789ab"}}
-    runs = campaigns.expand(config, decided)
+    runs = expansion.expand(config, decided)
     assert {run.arm for run in runs} == {"ce", "probe", "isolate", "screen"}
     assert {run.config.kd.teacher for run in runs if run.arm == "screen"} == {"imported-x-0123456789ab"}
     decided["selected"] = {"run_id": "imported-gone-0123456789ab"}
-    assert {run.arm for run in campaigns.expand(config, decided)} == {"ce", "probe"}
+    assert {run.arm for run in expansion.expand(config, decided)} == {"ce", "probe"}
 
 
 def test_a_missing_or_unfit_import_is_named_with_its_remedy(tmp_path):

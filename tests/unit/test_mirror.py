@@ -6,7 +6,7 @@ import pytest
 from configs import ROOT, merged
 from test_analysis_synthetic import make_config, run_script, write_run
 
-from kdclimb import campaign, mirror
+from kdclimb import campaign, expansion, mirror
 from kdclimb.config import ConfigError
 
 
@@ -84,5 +84,5 @@ def test_a_mirror_in_results_or_on_them_is_refused(where):
 def test_no_run_depends_on_the_mirror():
     one, other = (campaign.load(merged({"paths": {"mirror": where}}), ROOT) for where in (None, "/mnt/disk"))
     assert campaign.mirror_root(one, ROOT) is None and str(campaign.mirror_root(other, ROOT)) == "/mnt/disk"
-    assert campaign.expand(one, {}) == campaign.expand(other, {})
+    assert expansion.expand(one, {}) == expansion.expand(other, {})
     assert campaign.data_id(one, ROOT) == campaign.data_id(other, ROOT)

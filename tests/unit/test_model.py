@@ -8,7 +8,7 @@ import pytest
 import torch
 from configs import ROOT, merged
 
-from kdclimb import campaign, schedule
+from kdclimb import campaign, expansion, schedule
 from kdclimb.attention import Documents, Span, attention
 from kdclimb.config import BoostConfig
 from kdclimb.model import GPT, bigram_hash, compile_layer, look_up, rotary, rotary_tables
@@ -52,7 +52,7 @@ def test_unknown_backend_is_refused():
 
 
 def model(tiny, **changes):
-    config = next(r.config.model for r in campaign.expand(tiny, {}) if r.arm == "ce")
+    config = next(r.config.model for r in expansion.expand(tiny, {}) if r.arm == "ce")
     torch.manual_seed(0)
     return GPT(dataclasses.replace(config, **changes), backend="reference", compute_dtype=torch.float32)
 
@@ -133,7 +133,9 @@ def test_paired_heads_see_both_keys_of_their_pair(tiny):
 
 
 def test_half_of_each_head_turns_and_by_yarn_less_so_where_it_turns_seldom(tiny):
-    config = dataclasses.replace(next(r.config.model for r in campaign.expand(tiny, {}) if r.arm == "ce"), head_dim=128)
+    config = dataclasses.replace(
+        next(r.config.model for r in expansion.expand(tiny, {}) if r.arm == "ce"), head_dim=128
+    )
     base, factor = rotary(config, (384,))
     assert len(base) == 32 and base[0] == 1.0 and base[-1] == pytest.approx(1 / 1024) and factor == 1.0
     scales = [0.1 * rotary(config, (384, 896, 1408, 1664)[:n])[1] for n in (1, 2, 3, 4)]
@@ -185,7 +187,7 @@ def test_tying_follows_untie_frac(tiny):
 
 def test_lr_schedule_by_hand():
     config = campaign.load(merged({"train": {"batch_tokens": [2048, 4096], "batch_lr": [1.0, 1.5]}}), ROOT)
-    sched = next(r.config.schedule for r in campaign.expand(config, {}) if r.arm == "ce")
+    sched = next(r.config.schedule for r in expansion.expand(config, {}) if r.arm == "ce")
     sched = dataclasses.replace(sched, horizon=100, cooldown_frac=0.4, lr_floor=0.1)
     assert [schedule.batch_tokens(sched, s) for s in (0, 49, 50, 99)] == [2048, 2048, 4096, 4096]
     assert [schedule.base_lr(sched, s) for s in (0, 49, 50, 60)] == [1.0, 1.0, 1.5, 1.5]
@@ -195,7 +197,7 @@ def test_lr_schedule_by_hand():
 
 def test_the_legacy_table_is_a_schedule_at_any_horizon():
     config = campaign.load(merged("config/legacy_lr.yaml"), ROOT)
-    sched = next(r.config.schedule for r in campaign.expand(config, {}) if r.arm == "ce")
+    sched = next(r.config.schedule for r in expansion.expand(config, {}) if r.arm == "ce")
     steps = {0: 1e-3, 2000: 5e-4, 2600: 2e-4, 3200: 1e-4, 3600: 7e-5, 4200: 3e-5, 5200: 1e-5, 6000: 8e-6, 7000: 7e-6}
     steps |= {8000: 5e-6, 9000: 3e-6, 10500: 1e-6}
     whole = dataclasses.replace(sched, horizon=12000)
@@ -209,7 +211,7 @@ def test_the_legacy_table_is_a_schedule_at_any_horizon():
 def test_the_extension_is_spent_at_the_floor_and_the_rest_of_the_schedule_ends_before_it():
     config = campaign.load(merged("config/h100.yaml", {"device": "cpu"}), ROOT)
     sched = next(
-        r.config.schedule for r in campaign.expand(config, {}) if r.arm == "ce" and r.config.schedule.horizon == 1555
+        r.config.schedule for r in expansion.expand(config, {}) if r.arm == "ce" and r.config.schedule.horizon == 1555
     )
     assert sched.scheduled == 1515 and sched.stop_step == 1555
     assert [schedule.stage(sched, s) for s in (504, 505, 1009, 1010, 1554)] == [0, 1, 1, 2, 2]
@@ -221,7 +223,7 @@ def test_the_extension_is_spent_at_the_floor_and_the_rest_of_the_schedule_ends_b
 def test_windows_go_by_stages_and_yarn_remembers_the_long_ones():
     config = campaign.load(merged("config/h100.yaml", {"device": "cpu"}), ROOT)
     sched = next(
-        r.config.schedule for r in campaign.expand(config, {}) if r.arm == "ce" and r.config.schedule.horizon == 1555
+        r.config.schedule for r in expansion.expand(config, {}) if r.arm == "ce" and r.config.schedule.horizon == 1555
     )
     assert schedule.windows(sched, 0) == ((128, 384), (384,))
     assert schedule.windows(sched, 505) == ((384, 896), (384, 896))

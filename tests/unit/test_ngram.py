@@ -10,7 +10,7 @@ import pytest
 import torch
 from configs import ROOT, merged
 
-from kdclimb import campaign, count_ngrams
+from kdclimb import campaign, count_ngrams, expansion
 from kdclimb.config import ConfigError
 from kdclimb.count_ngrams import count, make
 from kdclimb.data import Dataset
@@ -34,7 +34,7 @@ def with_ngrams():
 @pytest.fixture(scope="module")
 def configs(with_ngrams, manifest):
     """{order: the config of the n-gram teacher}."""
-    return {run.config.order: run.config for run in campaign.tables(with_ngrams, manifest.parent.name)}
+    return {run.config.order: run.config for run in expansion.tables(with_ngrams, manifest.parent.name)}
 
 
 @pytest.fixture(scope="module")
@@ -168,19 +168,21 @@ def test_a_wrong_config_is_refused(configs, key, value):
 
 
 def test_the_arm_is_kd_on_ces_schedule_with_the_table_as_its_teacher(with_ngrams, tiny, configs):
-    runs = [r for r in campaign.expand(with_ngrams, {}, configs[2].data.id) if r.arm == "ngram"]
+    runs = [r for r in expansion.expand(with_ngrams, {}, configs[2].data.id) if r.arm == "ngram"]
     assert [(r.label, r.config.seed) for r in runs] == [(f"{n}-gram-first0.3", seed) for n in (2, 3) for seed in (0, 1)]
     for run in runs:
         kd = run.config.kd
         assert kd.teacher in {config.run_id for config in configs.values()}
         assert (kd.token_frac, kd.temperature, kd.post_stop_lr) == (0.3, 1.0, 1.0)
         ce = dataclasses.replace(run.config, kd=None)
-        assert ce in [r.config for r in campaign.expand(tiny, {}, configs[2].data.id) if r.arm == "ce"]
-    assert not campaign.tables(tiny)
+        assert ce in [r.config for r in expansion.expand(tiny, {}, configs[2].data.id) if r.arm == "ce"]
+    assert not expansion.tables(tiny)
 
 
 def student(with_ngrams, manifest, order, folder, **changes):
-    run = next(r for r in campaign.expand(with_ngrams, {}, manifest.parent.name) if r.label.startswith(f"{order}-gram"))
+    run = next(
+        r for r in expansion.expand(with_ngrams, {}, manifest.parent.name) if r.label.startswith(f"{order}-gram")
+    )
     kd = dataclasses.replace(run.config.kd, teacher=folder.name, **changes)
     return dataclasses.replace(run.config, kd=kd)
 

@@ -10,7 +10,7 @@ from configs import ROOT, merged
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from kdclimb import campaign
+from kdclimb import campaign, expansion
 from kdclimb.config import AdamGroup, ConfigError, MatrixMult
 from kdclimb.model import GPT
 from kdclimb.optim import COEFFICIENTS, SAFETY, Matrices, Optimizers, adam_decay, muon_step, normalize, orthogonalize
@@ -33,7 +33,7 @@ def with_adam(optim, **changes):
 
 
 def gpt(tiny, **changes):
-    config = next(r.config.model for r in campaign.expand(tiny, {}) if r.arm == "ce")
+    config = next(r.config.model for r in expansion.expand(tiny, {}) if r.arm == "ce")
     torch.manual_seed(0)
     return GPT(dataclasses.replace(config, **changes), backend="reference", compute_dtype=torch.float32)
 

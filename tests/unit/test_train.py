@@ -17,7 +17,7 @@ import torch
 from configs import ROOT, merged
 from safetensors.torch import load_file
 
-from kdclimb import campaign
+from kdclimb import campaign, expansion
 from kdclimb import lease as lease_module
 from kdclimb import model as model_module
 from kdclimb import optim as optim_module
@@ -388,16 +388,16 @@ def taught(tiny_runs, manifest, teacher_folder, tmp_path):
         (label,) = (run.label for run in tiny_runs if run.arm == "teacher")
         selected = {"run_id": teacher.run_id, "train_time_ms": 0.1, "budget_ms": 0.1}
         decisions = {"projected": {"survivors": [label]}, "selected": selected}
-        decisions["promoted"] = {"points": [campaign.grid_points(config.kd.grid)[0].name]}
+        decisions["promoted"] = {"points": [expansion.grid_points(config.kd.grid)[0].name]}
         if source == "ngram":
-            (table,) = campaign.tables(config, data)
+            (table,) = expansion.tables(config, data)
             make(table.config, tmp_path / table.run_id, manifest, threads=1)
-            runs = campaign.expand(config, decisions, data)
+            runs = expansion.expand(config, decisions, data)
             return pick(runs, "ngram"), tmp_path / table.run_id / "checkpoints", None
-        run = pick(campaign.expand(config, decisions, data), "kd")
+        run = pick(expansion.expand(config, decisions, data), "kd")
         if source == "teacher":
             return run, teacher_folder, None
-        cache = campaign.caches(config, decisions, data)[run.kd.cache]
+        cache = expansion.caches(config, decisions, data)[run.kd.cache]
         write(cache, tmp_path / cache.cache_id, manifest, teacher_folder, threads=1)
         return run, teacher_folder, tmp_path / cache.cache_id
 

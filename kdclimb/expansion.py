@@ -1,0 +1,323 @@
+"""The pure expansion of a campaign into runs, teachers' caches and n-gram tables.
+
+`expand(campaign, decisions)` lists every run that can be named so far, where `decisions` are the JSON files that the
+checkpoints wrote. No torch and no I/O: the Snakefile calls this each time it is parsed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+
+from kdclimb.config import (
+    BoostConfig,
+    CacheConfig,
+    DataRef,
+    KDConfig,
+    ModelConfig,
+    NgramConfig,
+    RunConfig,
+    ScheduleConfig,
+)
+from kdclimb.schedule import kd_tokens
+from kdclimb.sections import Campaign, Candidate, GridSection, KDSection
+
+LAYER_LISTS = ("long_layers", "attention_free_layers", "paired_layers", "value_layers", "skip", "backout")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run and its place in the campaign: `arm` is the stage that asks for it, `label` what sets it apart there."""
+
+    arm: str
+    label: str
+    config: RunConfig | NgramConfig
+
+    @property
+    def run_id(self) -> str:
+        return self.config.run_id
+
+
+def expand(campaign: Campaign, decisions: dict, data: str = "unprepared") -> list[Run]:
+    """Every run that the campaign names, given the decisions taken so far. Pure.
+
+    Arms, in order: ce, ngram, probe; teacher (needs `projected`); isolate, screen (need `selected`); kd, control_boost,
+    control_random, control_smooth, control_extra (need `promoted`). A decision that speaks of something the config
+    no longer holds expands to nothing. Runs that several arms share appear once for each. Teachers that no training
+    makes are not among them: `teacher.imported` and `tables` name them.
+    """
+    return _expand(campaign, decisions, data).runs
+
+
+def caches(campaign: Campaign, decisions: dict, data: str = "unprepared") -> dict[str, CacheConfig]:
+    """{id: the cache of teacher targets} of all that the runs of `expand` read. Pure."""
+    return _expand(campaign, decisions, data).caches
+
+
+@dataclass(frozen=True)
+class _Expanded:
+    runs: list[Run]
+    caches: dict[str, CacheConfig]
+
+
+def _expand(campaign: Campaign, decisions: dict, data: str) -> _Expanded:
+    runs = _Expansion(campaign, data)
+    arms = runs.ce() + runs.from_ngrams() + runs.teachers("probe", campaign.teacher.candidates)
+    surviving = set(decisions.get("projected", {}).get("survivors", ()))
+    arms += runs.teachers("teacher", [c for c in campaign.teacher.candidates if c.name in surviving])
+    teacher = decisions.get("selected", {}).get("run_id")
+    if teacher not in {*campaign.teacher.imported, *(run.run_id for run in arms if run.arm == "teacher")}:
+        return _Expanded(arms, runs.caches)
+    arms += runs.isolates(teacher) + runs.screen(teacher)
+    promoted = set(decisions.get("promoted", {}).get("points", ()))
+    if promoted.intersection(point.name for point in grid_points(campaign.kd.grid)):
+        arms += runs.promoted(teacher, promoted) + runs.smoothed()
+        arms += runs.extended(decisions["selected"])
+    return _Expanded(arms, runs.caches)
+
+
+def tables(campaign: Campaign, data: str = "unprepared") -> list[Run]:
+    """The n-gram teachers of the arm `ngram`, which are counted, not trained. Pure."""
+    return _Expansion(campaign, data).tables()
+
+
+def extended(campaign: Campaign, selected: dict, data: str = "unprepared") -> list[Run]:
+    """CE with as many more steps as the teacher's time would give, `selected` being the teacher's decision. Pure."""
+    return _Expansion(campaign, data).extended(selected)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of the KD grid. Without a boost, hold and drop mean nothing and are left out."""
+
+    temperature: float
+    lr_boost: BoostConfig | None
+
+    @property
+    def name(self) -> str:
+        boost = self.lr_boost
+        tail = "" if boost is None else f"-boost{boost.mult:g}-hold{boost.hold_frac:g}-drop{boost.drop_frac:g}"
+        return f"T{self.temperature:g}{tail}"
+
+
+def grid_points(grid: GridSection) -> list[Point]:
+    points = []
+    for temperature, mult, hold, drop in itertools.product(
+        grid.temperature, grid.lr_boost, grid.hold_frac, grid.drop_frac
+    ):
+        point = Point(temperature, None if mult == 1.0 else BoostConfig(mult, hold, drop))
+        if point not in points:
+            points.append(point)
+    return points
+
+
+def _from_start(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """Layers counted from the start, where -1 is the last one."""
+    return tuple(i + num_layers if i < 0 else i for i in layers)
+
+
+class _Expansion:
+    """Builds run configs that differ only in what their arm is about."""
+
+    def __init__(self, campaign: Campaign, data: str):
+        self.campaign = campaign
+        train = campaign.train
+        self.first, self.last = train.horizons[0], train.horizons[-1]
+        self.data = DataRef(data, campaign.data.vocab_size)
+        self.caches: dict[str, CacheConfig] = {}  # of the runs made so far
+
+    def student(self) -> ModelConfig:
+        student, layers = self.campaign.student, self.campaign.student.num_layers
+        counted = {name: _from_start(getattr(student, name), layers) for name in LAYER_LISTS}
+        return ModelConfig(vocab_size=self.data.vocab_size, **dataclasses.asdict(student) | counted)
+
+    def teacher(self, shape: Candidate) -> ModelConfig:
+        """The student's parts at the candidate's shape, as far as it has such layers; tables are the teacher's own.
+
+        Attention-free layers, skip and backout fit one depth and are left out: a teacher costs what its shape says.
+        """
+        student, section, layers = self.campaign.student, self.campaign.teacher, shape.num_layers
+        lists = {name: getattr(student, name) for name in ("long_layers", "paired_layers")}
+        lists["value_layers"] = section.value_layers
+        counted = {
+            name: tuple(dict.fromkeys(i for i in _from_start(values, layers) if 0 <= i < layers))
+            for name, values in lists.items()
+        }
+        changes = {
+            "attention_free_layers": (),
+            "skip": (),
+            "backout": (),
+            "bigram_vocab_size": section.bigram_vocab_size,
+        }
+        shapes = {"num_layers": layers, "num_heads": shape.num_heads, "head_dim": shape.head_dim}
+        return ModelConfig(vocab_size=self.data.vocab_size, **dataclasses.asdict(student) | counted | changes | shapes)
+
+    def run(
+        self, arm, label, *, horizon, seed, model=None, stop_step=None, boost=None, kd=None, cached=False,
+        label_smoothing=0.0,
+    ) -> Run:  # fmt: skip
+        campaign, train = self.campaign, self.campaign.train
+        schedule = ScheduleConfig(
+            horizon=horizon,
+            stop_step=horizon if stop_step is None else stop_step,
+            batch_tokens=train.batch_tokens,
+            batch_lr=train.batch_lr,
+            micro_batch_tokens=train.micro_batch_tokens,
+            max_doc_tokens=train.max_doc_tokens,
+            cooldown_frac=train.cooldown_frac,
+            lr_floor=train.lr_floor,
+            lr_table=train.lr_table,
+            extension_frac=train.extension_frac,
+            windows=train.windows,
+            extension_windows=train.extension_windows,
+            final_windows=train.final_windows,
+            mtp_weights=train.mtp_weights,
+            head_dtype=train.head_dtype,
+            lr_boost=boost,
+        )
+        if cached and campaign.kd.cache != "none":
+            kd = self.from_cache(kd, schedule, seed)
+        config = RunConfig(
+            model=model or self.student(),
+            optim=campaign.optim,
+            schedule=schedule,
+            attention=campaign.attention,
+            kd=kd,
+            label_smoothing=label_smoothing,
+            seed=seed,
+            **self.shared(),
+        )
+        return Run(arm, label, config)
+
+    def from_cache(self, kd: KDConfig, schedule: ScheduleConfig, seed: int) -> KDConfig:
+        """The same KD with its teacher's targets from a cache."""
+        section = self.campaign.kd
+        kind, sparse = section.cache, section.cache != "hidden"
+        cache = CacheConfig(
+            kind=kind,
+            entries={"hidden": 0, "top_k": kd.top_k, "samples": section.samples}[kind],
+            temperature=kd.temperature if sparse else 1.0,
+            teacher=kd.teacher,
+            seed=seed,
+            micro_batch_tokens=schedule.micro_batch_tokens,
+            max_doc_tokens=schedule.max_doc_tokens,
+            attention=self.campaign.attention,
+            micro_batches=kd_tokens(schedule, kd) // schedule.micro_batch_tokens,
+            **self.shared(),
+        )
+        if not cache.micro_batches:
+            return kd
+        self.caches[cache.cache_id] = cache
+        return dataclasses.replace(kd, cache=cache.cache_id)
+
+    def shared(self) -> dict:
+        """What every config has, a counted teacher's too."""
+        campaign, budget = self.campaign, self.campaign.budget
+        return {
+            "data": self.data,
+            "validation": campaign.validation,
+            "device": campaign.device,
+            "clock": budget.clock,
+            "modelled_tflops": budget.modelled_tflops if budget.clock == "modelled" else 0.0,
+        }
+
+    def kd(self, teacher: str, temperature: float, *, random_teacher=False, infer_only=False) -> KDConfig:
+        shared = {f.name for f in dataclasses.fields(KDConfig)} & {f.name for f in dataclasses.fields(KDSection)}
+        shared.remove("cache")  # an id in the one, a kind in the other
+        values = {name: getattr(self.campaign.kd, name) for name in shared}
+        values |= {"teacher": teacher, "cache": None, "temperature": temperature}
+        return KDConfig(random_teacher=random_teacher, infer_only=infer_only, **values)
+
+    def ce(self) -> list[Run]:
+        """At every horizon with every seed, and once for the screen to be held against."""
+        train = self.campaign.train
+        pairs = [*itertools.product(train.horizons, train.seeds), (self.first, self.campaign.kd.screen_seed)]
+        return [self.run("ce", f"CE {horizon}", horizon=horizon, seed=seed) for horizon, seed in pairs]
+
+    def tables(self) -> list[Run]:
+        section, train = self.campaign.kd.ngram, self.campaign.train
+        counted = {name: getattr(section, name) for name in ("entries", "contexts", "discount", "tokens")}
+        packing = {name: getattr(train, name) for name in ("micro_batch_tokens", "max_doc_tokens")}
+        return [
+            Run("ngram_teacher", f"{order}-gram", NgramConfig(order=order, **counted, **packing, **self.shared()))
+            for order in section.orders
+        ]
+
+    def from_ngrams(self) -> list[Run]:
+        """KD from n-gram teachers at the last horizon, for its first tokens only and with the LR of CE throughout."""
+        runs, seeds = [], self.campaign.train.seeds
+        for table, share in itertools.product(self.tables(), self.campaign.kd.ngram.token_frac):
+            kd = dataclasses.replace(self.kd(table.run_id, 1.0), token_frac=share, post_stop_lr=1.0, top_k=0)
+            label = f"{table.label}-first{share:g}"
+            runs += [self.run("ngram", label, horizon=self.last, seed=seed, kd=kd) for seed in seeds]
+        return runs
+
+    def teachers(self, arm: str, candidates) -> list[Run]:
+        section, seed = self.campaign.teacher, self.campaign.train.seeds[0]
+        runs = []
+        for c in candidates:
+            model = self.teacher(c)
+            stop = section.probe_steps if arm == "probe" else None
+            runs.append(self.run(arm, c.name, horizon=c.steps, seed=seed, model=model, stop_step=stop))
+        return runs
+
+    def isolates(self, teacher: str) -> list[Run]:
+        temperature = self.campaign.kd.grid.temperature[0]
+        modes = {
+            "CE only": None,
+            "CE + teacher inference": self.kd(teacher, temperature, infer_only=True),
+            "CE + KD": self.kd(teacher, temperature),
+        }
+        seed, stop = self.campaign.train.seeds[0], self.campaign.kd.isolate_steps
+        return [
+            self.run("isolate", label, horizon=self.first, seed=seed, stop_step=stop, kd=kd, cached=label == "CE + KD")
+            for label, kd in modes.items()
+        ]
+
+    def screen(self, teacher: str) -> list[Run]:
+        options = {"horizon": self.first, "seed": self.campaign.kd.screen_seed, "cached": True}
+        return [
+            self.run("screen", p.name, boost=p.lr_boost, kd=self.kd(teacher, p.temperature), **options)
+            for p in grid_points(self.campaign.kd.grid)
+        ]
+
+    def promoted(self, teacher: str, names: set[str]) -> list[Run]:
+        seeds, controls = self.campaign.train.seeds, self.campaign.controls
+        kd, boosted, random = [], [], []
+        for p in grid_points(self.campaign.kd.grid):
+            if p.name not in names:
+                continue
+            config = self.kd(teacher, p.temperature)
+            kd += [
+                self.run("kd", p.name, horizon=horizon, seed=s, boost=p.lr_boost, kd=config, cached=True)
+                for horizon, s in itertools.product(reversed(self.campaign.train.horizons), seeds)
+            ]
+            if p.lr_boost is not None and controls.lr_policy:
+                boosted += [
+                    self.run("control_boost", p.name, horizon=self.last, seed=s, boost=p.lr_boost) for s in seeds
+                ]
+            if controls.random_teacher:
+                where = {"horizon": self.first, "seed": self.campaign.kd.screen_seed, "boost": p.lr_boost}
+                config = self.kd(teacher, p.temperature, random_teacher=True)
+                random.append(self.run("control_random", p.name, kd=config, **where))
+        return kd + boosted + random
+
+    def smoothed(self) -> list[Run]:
+        weight = self.campaign.controls.label_smoothing
+        runs = [
+            self.run("control_smooth", f"smoothing {weight:g}", horizon=self.last, seed=seed, label_smoothing=weight)
+            for seed in self.campaign.train.seeds
+        ]
+        return runs if weight else []
+
+    def extended(self, selected: dict) -> list[Run]:
+        """CE whose horizon is longer by as many steps as CE makes in the time that the teacher took."""
+        if not self.campaign.controls.extra_steps:
+            return []
+        ce_ms = selected["budget_ms"] / self.campaign.budget.fraction  # at the last horizon
+        extra = round(self.last * selected["train_time_ms"] / ce_ms)
+        return [
+            self.run("control_extra", f"{extra} more steps", horizon=self.last + extra, seed=seed)
+            for seed in self.campaign.train.seeds
+        ]
