@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kdclimb import campaign, count_ngrams
+from kdclimb import campaign, count_ngrams, expansion
 from kdclimb.artifacts import write_csv, write_json
 from kdclimb.config import BoostConfig, RunConfig
 from kdclimb.explain import read_config
@@ -57,7 +57,7 @@ class Block:
         self.manifest = ROOT / "results/data" / data / "manifest.json"
         if not self.manifest.is_file():
             prepare(campaign.data_spec(self.campaign, ROOT), self.manifest.parent, ROOT)
-        self.make = campaign._Expansion(self.campaign, data)
+        self.make = expansion.Expansion(self.campaign, data)
         self.work, self.done = ROOT / "results/runs", []
 
     def teacher(self, which: str) -> Path:

@@ -253,6 +253,7 @@ def token_needs(campaign: Campaign) -> supply.Needs:
         max_doc_tokens=train.max_doc_tokens,
         max_epochs=campaign.data.max_epochs,
         val_tokens=campaign.validation.tokens,
+        val_slabs=campaign.validation.slabs,
         runs=tuple(longest.values()),
     )
 
@@ -301,7 +302,7 @@ def check_imported(campaign: Campaign, data: str, results: Path) -> None:
         "device": campaign.device,
         "validation.tokens": campaign.validation.tokens,
         "train.micro_batch_tokens": campaign.train.micro_batch_tokens,
-        "train.max_doc_tokens": campaign.train.max_doc_tokens,
+        "train.max_doc_tokens (null under validation.slabs)": campaign.validation.cut(campaign.train.max_doc_tokens),
     }
     for run_id in campaign.teacher.imported:
         folder = results / "runs" / run_id

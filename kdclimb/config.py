@@ -68,6 +68,9 @@ def require(condition: bool, key: str, value, allowed: str) -> None:
         raise ConfigError(f"{key}: {value!r} is not allowed; allowed: {allowed}")
 
 
+VALUE_GATES = ("hidden", "both")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Architecture of a GPT; student and teacher are the same class at other shapes."""
@@ -84,6 +87,7 @@ class ModelConfig:
     attention_free_layers: tuple[int, ...]  # layers that are an MLP alone
     paired_layers: tuple[int, ...]  # layers whose heads attend in pairs
     value_layers: tuple[int, ...]  # layers with a table of value embeddings
+    value_gate: str  # hidden: gates see the hidden state, tables start at 0; both: the value too, small random tables
     skip: tuple[int, ...]  # (from, to): layer `to` is given the output of layer `from` through a gate; or ()
     backout: tuple[int, ...]  # (layer,), whose output is in part taken off the last one's; or ()
     x0: bool  # learned factors of the residual stream and of the first hidden state, in each layer
@@ -111,6 +115,7 @@ class ModelConfig:
             layers = getattr(self, name)
             known = all(0 <= i < self.num_layers for i in layers) and len(set(layers)) == len(layers)
             require(known, name, layers, f"different layers from 0 to {self.num_layers - 1}")
+        require(self.value_gate in VALUE_GATES, "value_gate", self.value_gate, " or ".join(VALUE_GATES))
         free = set(self.attention_free_layers)
         for name in ("paired_layers", "value_layers"):
             layers = getattr(self, name)
@@ -281,7 +286,12 @@ class ScheduleConfig:
 class ValidationConfig:
     every: int  # steps
     tokens: int
+    slabs: bool  # the first tokens as they lie, in slabs of a micro-batch; or else documents, packed as in training
     stop_at: float | None  # nats: a run ends at the second of two validations in a row at or below this; None for never
+
+    def cut(self, max_doc_tokens: int) -> int | None:
+        """Tokens that a held-out document is cut to, as in training; None in slabs."""
+        return None if self.slabs else max_doc_tokens
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,8 @@ def make(config: NgramConfig, out: Path, manifest: Path, threads: int) -> None:
         dataset, started = Dataset(manifest), datetime.now(UTC)
         (out / "status.json").unlink(missing_ok=True)
         table, tokens, cost_ms = timed_count(dataset, config)
-        packing = config.validation.tokens, config.micro_batch_tokens, config.max_doc_tokens
+        cut = config.validation.cut(config.max_doc_tokens)
+        packing = config.validation.tokens, config.micro_batch_tokens, cut
         val_loss = table.score(dataset.val_batches(*packing, config.device))
         facts = data_facts(dataset, *packing) | {"run_id": config.run_id, "step": 0, "final_val": val_loss}
         (out / "checkpoints").mkdir(exist_ok=True)

@@ -45,14 +45,35 @@ class Dataset:
     def train_stream(self, seed: int, max_doc_tokens: int) -> Packer:
         return Packer(self.shards("train"), self.bos, max_doc_tokens, seed)
 
-    def val_batches(self, tokens: int, batch_tokens: int, max_doc_tokens: int, device: str) -> list[Batch]:
-        """The fixed validation set: `tokens` tokens of the held-out documents in their order, cut as in training."""
+    def val_batches(self, tokens: int, batch_tokens: int, max_doc_tokens: int | None, device: str) -> list[Batch]:
+        """The fixed validation set: `tokens` tokens of the held-out documents in their order, cut as in training.
+
+        With max_doc_tokens None nothing is cut but at a batch's end, after which a document goes on as one of its own:
+        the speedrun's slabs.
+        """
+        if max_doc_tokens is None:
+            return self._slabs(tokens, batch_tokens, device)
         packer = Packer(self.shards("val"), self.bos, max_doc_tokens, seed=None)
         sizes = [min(batch_tokens, tokens - start) for start in range(0, tokens, batch_tokens)]
         batches = [packer.next_batch(size, device) for size in sizes]
         if packer.epoch:
             raise ValueError(f"validation.tokens: {tokens} is more than the held-out documents give; lower it")
         return batches
+
+    def _slabs(self, tokens: int, batch_tokens: int, device: str) -> list[Batch]:
+        stream = np.concatenate(self.shards("val"))
+        if tokens >= len(stream):  # the last token's label lies behind it
+            raise ValueError(f"validation.tokens: {tokens} is more than the held-out documents give; lower it")
+        stream = stream[: tokens + 1].astype(np.int64)
+        slabs = [stream[i : i + batch_tokens + 1] for i in range(0, tokens, batch_tokens)]
+        starts = [sorted({0, *np.flatnonzero(slab[:-1] == self.bos).tolist()}) for slab in slabs]
+        longest = max(np.diff([*at, len(slab) - 1]).max() for at, slab in zip(starts, slabs, strict=True)).item()
+        return [_batch(slab, at, device, longest) for at, slab in zip(starts, slabs, strict=True)]
+
+
+def _batch(stream: np.ndarray, starts: list[int], device: str, longest: int) -> Batch:
+    on_device = to_device(torch.from_numpy(stream), device)
+    return Batch(on_device[:-1], on_device[1:], Documents.of(starts, len(stream) - 1, device, longest))
 
 
 class Packer:
@@ -91,6 +112,5 @@ class Packer:
 
     def next_batch(self, tokens: int, device: str) -> Batch:
         pieces, starts = self._fill(tokens + 1)
-        stream = to_device(torch.from_numpy(np.concatenate(pieces).astype(np.int64)), device)
         starts = [start for start in starts if start < tokens]
-        return Batch(stream[:-1], stream[1:], Documents.of(starts, tokens, device, self.max_doc_tokens))
+        return _batch(np.concatenate(pieces).astype(np.int64), starts, device, self.max_doc_tokens)

@@ -62,7 +62,7 @@ class _Expanded:
 
 
 def _expand(campaign: Campaign, decisions: dict, data: str) -> _Expanded:
-    runs = _Expansion(campaign, data)
+    runs = Expansion(campaign, data)
     arms = runs.ce() + runs.from_ngrams() + runs.teachers("probe", campaign.teacher.candidates)
     surviving = set(decisions.get("projected", {}).get("survivors", ()))
     arms += runs.teachers("teacher", [c for c in campaign.teacher.candidates if c.name in surviving])
@@ -79,12 +79,12 @@ def _expand(campaign: Campaign, decisions: dict, data: str) -> _Expanded:
 
 def tables(campaign: Campaign, data: str = "unprepared") -> list[Run]:
     """The n-gram teachers of the arm `ngram`, which are counted, not trained. Pure."""
-    return _Expansion(campaign, data).tables()
+    return Expansion(campaign, data).tables()
 
 
 def extended(campaign: Campaign, selected: dict, data: str = "unprepared") -> list[Run]:
     """CE with as many more steps as the teacher's time would give, `selected` being the teacher's decision. Pure."""
-    return _Expansion(campaign, data).extended(selected)
+    return Expansion(campaign, data).extended(selected)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _from_start(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
     return tuple(i + num_layers if i < 0 else i for i in layers)
 
 
-class _Expansion:
+class Expansion:
     """Builds run configs that differ only in what their arm is about."""
 
     def __init__(self, campaign: Campaign, data: str):

@@ -114,6 +114,7 @@ class Shape:
             attention_free_layers=(NO_ATTENTION,) if self.layers > NO_ATTENTION else (),
             paired_layers=tuple(layer for layer in PAIRED if layer < self.layers),
             value_layers=tuple(sorted(self.value_tables)),
+            value_gate="hidden",
             skip=(3, 6) if whole else (),
             backout=(7,) if whole else (),
             x0=True,
@@ -298,7 +299,7 @@ def import_teacher(
         data=DataRef(data, vocab),
         val_tokens=campaign.validation.tokens,
         micro_batch_tokens=campaign.train.micro_batch_tokens,
-        max_doc_tokens=campaign.train.max_doc_tokens,
+        max_doc_tokens=campaign.validation.cut(campaign.train.max_doc_tokens),
         device=campaign.device,
         attention=campaign.attention,
     )

@@ -47,7 +47,7 @@ class ImportedConfig:
     data: DataRef
     val_tokens: int
     micro_batch_tokens: int
-    max_doc_tokens: int
+    max_doc_tokens: int | None  # None: validated in slabs
     device: str
     attention: AttentionConfig
 
@@ -79,7 +79,7 @@ class ImportedConfig:
             "device": self.device,  # its dtype differs, and with it the loss
             "validation.tokens": self.val_tokens,
             "train.micro_batch_tokens": self.micro_batch_tokens,
-            "train.max_doc_tokens": self.max_doc_tokens,
+            "train.max_doc_tokens (null under validation.slabs)": self.max_doc_tokens,
         }
 
 

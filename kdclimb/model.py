@@ -29,6 +29,7 @@ YARN_ROTATIONS = (
     32.0,
 )  # frequencies that turn less often in a window are stretched, those that turn more are kept
 GATE_INPUTS = 12  # a gate looks at so many dimensions of the hidden state
+VALUE_STD = 0.01  # of value embeddings that start at random
 RESIDUAL, BIGRAM, QKV, BACKOUT, SKIP = 1.1, 0.1, 0.5, 0.5, -1.5  # where learned factors start
 MATRICES = ("q", "k", "v", "o", "up", "down")
 
@@ -56,6 +57,8 @@ class GPT(nn.Module):
             self.residual_lambdas = nn.Parameter(torch.full((layers,), RESIDUAL))
             self.x0_lambdas = nn.Parameter(torch.zeros(layers))
         self.value_embeds = nn.ParameterDict({str(i): torch.zeros(config.vocab_size, d) for i in config.value_layers})
+        for table in self.value_embeds.values() if config.value_gate == "both" else ():
+            nn.init.normal_(table, std=VALUE_STD)
         if config.smear:
             self.smear_gate, self.smear_lambda = nn.Parameter(torch.zeros(1, gate)), nn.Parameter(torch.zeros(()))
         if config.skip:
@@ -185,6 +188,7 @@ class Block(nn.Module):
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.attends = i not in config.attention_free_layers
         self.paired = i in config.paired_layers
+        self.value_gate_sees_value = config.value_gate == "both"
         self.offsets_keys = config.key_offset and i in config.long_layers and not self.paired
         for name in MATRICES[:4] if self.attends else ():
             setattr(self, name, nn.Parameter(torch.empty(d, d).uniform_(-bound, bound)))
@@ -209,13 +213,19 @@ class Block(nn.Module):
         if self.offsets_keys:
             k = offset_keys(k)
         if value is not None:
-            v = v + gate(x, self.value_gate, 2.0)[..., None] * value.view(shape)
+            v = v + self.gate_value(x, value)[..., None] * value.view(shape)
         if self.paired:  # token t is entries 2t, with the first half of the heads, and 2t + 1, with the others
             q, k, v = (y.reshape(2 * len(x), self.num_heads // 2, self.head_dim) for y in (q, k, v))
         y = attention(q, k, v.contiguous(), documents, span, backend).reshape(shape)
         if self.attention_gate is not None:
             y = y * gate(x, self.attention_gate, 1.0)[..., None]
         return F.linear(y.flatten(1), output.to(x.dtype))
+
+    def gate_value(self, x, value):
+        if not self.value_gate_sees_value:
+            return gate(x, self.value_gate, 2.0)
+        half = self.value_gate.shape[1] // 2
+        return gate(torch.cat([x[:, :half], value[:, :half]], dim=1), self.value_gate, 2.0)
 
     def mlp(self, x):
         return relu2_mlp(x, self.up, self.down)
@@ -323,4 +333,6 @@ def compile_layer(backend: str = "inductor"):
     """`layer` by torch.compile: one graph for each kind of layer and shape, none for new windows or scales."""
     torch._dynamo.config.automatic_dynamic_shapes = False  # a new shape is a graph of its own, no slow one for all
     torch._dynamo.config.recompile_limit = 64  # kinds of layers, student and teacher, with and without gradients
-    return torch.compile(layer, fullgraph=True, backend=backend)
+    # torch 2.11's scheduler fails an assertion (reorder_loops_by_dep_pair) where it reorders loops of a small layer
+    options = {"loop_ordering_after_fusion": False} if backend == "inductor" else None
+    return torch.compile(layer, fullgraph=True, backend=backend, options=options)

@@ -79,13 +79,17 @@ def base_lr(schedule: ScheduleConfig, step: int) -> float:
 def momentum(muon: MuonConfig, horizon: int, step: int) -> float:
     """Muon's momentum: linearly up from `momentum_min` in the first steps, and back down to it in the last.
 
-    Ramps of a fixed number of steps would leave a short horizon no room, hence the cap on both.
+    Ramps of a fixed number of steps would leave a short horizon no room, hence the cap on both. Where they overlap it
+    goes up, as in the speedrun.
     """
     most = muon.momentum_ramp_frac * horizon
     warmup, cooldown = min(muon.momentum_warmup, most), min(muon.momentum_cooldown, most)
-    up = step / warmup if step < warmup else 1.0
-    down = (horizon - step) / cooldown if horizon - step < cooldown else 1.0
-    return muon.momentum_min + (muon.momentum - muon.momentum_min) * min(up, down)
+    ramp = 1.0
+    if step < warmup:
+        ramp = step / warmup
+    elif horizon - step < cooldown:
+        ramp = (horizon - step) / cooldown
+    return muon.momentum_min + (muon.momentum - muon.momentum_min) * ramp
 
 
 def boost(schedule: ScheduleConfig, step: int) -> float:

@@ -72,6 +72,7 @@ class StudentSection:
     attention_free_layers: tuple[int, ...]
     paired_layers: tuple[int, ...]
     value_layers: tuple[int, ...]
+    value_gate: str
     skip: tuple[int, ...]
     backout: tuple[int, ...]
     x0: bool

@@ -38,6 +38,7 @@ class Needs:
     max_doc_tokens: int
     max_epochs: int
     val_tokens: int
+    val_slabs: bool  # see validation.slabs
     runs: tuple[Longest, ...]
 
     @classmethod
@@ -79,9 +80,13 @@ def prepared(needs: Needs, folder: Path) -> Supply:
         batches, _ = count_batches(train, size, longest, run.seed, needs.max_epochs)
         given[run] = batches * size
     run = min(given, key=lambda run: given[run] - run.tokens)
-    batches, rest = count_batches(val, size, longest, None, 1)
+    if needs.val_slabs:
+        held_out = sum(int(lengths.sum(dtype=np.int64)) for lengths in val) - 1
+    else:
+        batches, rest = count_batches(val, size, longest, None, 1)
+        held_out = batches * size + max(0, rest - 1)
     whole = needs.max_epochs * sum(int(lengths.sum(dtype=np.int64)) for lengths in train)
-    return Supply(run, given[run], batches * size + max(0, rest - 1), whole)
+    return Supply(run, given[run], held_out, whole)
 
 
 def count_batches(
@@ -127,8 +132,9 @@ def check(needs: Needs, supply: Supply, source: str) -> None:
         raise ValueError(_too_few(needs, supply, source))
     if supply.val is not None and supply.val < needs.val_tokens:
         more = "raise data.text.val_fraction or add text" if source == "text" else "add shards to data.shards.val"
+        cut = "" if needs.val_slabs else f", {_cut(needs)}"
         raise ValueError(
-            f"validation.tokens: {needs.val_tokens:,} are needed, but the held-out documents, {_cut(needs)}, give "
+            f"validation.tokens: {needs.val_tokens:,} are needed, but the held-out documents{cut}, give "
             f"{supply.at_most}{supply.val:,}; lower it, or {more}"
         )
 

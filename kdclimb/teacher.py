@@ -23,11 +23,11 @@ RESCORE_TOLERANCE = 1e-3  # nats; covers bf16 kernels that sum in another order,
 
 def checkpoint_facts(config: RunConfig, dataset: Dataset) -> dict:
     """What a teacher and its student must have in common for its validation loss to mean the same."""
-    sched = config.schedule
-    return data_facts(dataset, config.validation.tokens, sched.micro_batch_tokens, sched.max_doc_tokens)
+    validation, sched = config.validation, config.schedule
+    return data_facts(dataset, validation.tokens, sched.micro_batch_tokens, validation.cut(sched.max_doc_tokens))
 
 
-def data_facts(dataset: Dataset, val_tokens: int, micro_batch_tokens: int, max_doc_tokens: int) -> dict:
+def data_facts(dataset: Dataset, val_tokens: int, micro_batch_tokens: int, max_doc_tokens: int | None) -> dict:
     """The data that a teacher is measured on, and how they are packed."""
     return {
         "data_hash": dataset.hash,

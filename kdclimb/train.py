@@ -91,9 +91,8 @@ class Trainer:
         dtype = torch.bfloat16 if on_gpu else torch.float32
         self.options = {"backend": backend, "compute_dtype": dtype, "compiled": on_gpu}
         sched = config.schedule
-        self.val_batches = dataset.val_batches(
-            config.validation.tokens, sched.micro_batch_tokens, sched.max_doc_tokens, self.device
-        )
+        cut = config.validation.cut(sched.max_doc_tokens)
+        self.val_batches = dataset.val_batches(config.validation.tokens, sched.micro_batch_tokens, cut, self.device)
         self.kernel: str | None = None  # the loss's implementation, known once it ran
         self.teacher_folder = teacher_folder
         self.teacher = None if config.kd is None else self._load_teacher()

@@ -38,7 +38,7 @@ def write(config: CacheConfig, out: Path, manifest: Path, teacher_folder: Path, 
         raise ConfigError("device: cuda is asked for, but torch finds no CUDA GPU here; allowed: auto, cpu")
     torch.set_num_threads(threads)
     dataset = Dataset(manifest)
-    packing = config.micro_batch_tokens, config.max_doc_tokens
+    packing = config.micro_batch_tokens, config.validation.cut(config.max_doc_tokens)
     on_gpu = config.device == "cuda"
     teacher, _ = load_teacher(
         teacher_folder,

@@ -57,7 +57,7 @@ def make_config(horizon=100, seed=0, kd=None, boost=None, clock="measured", batc
             "head_dtype": "same",
             "lr_boost": boost and dict(zip(("mult", "hold_frac", "drop_frac"), boost, strict=True)),
         },
-        "validation": {"every": 25, "tokens": 1000, "stop_at": None},
+        "validation": {"every": 25, "tokens": 1000, "slabs": False, "stop_at": None},
         "attention": {"backend": "auto", "require_flash_attn": False},
         "kd": None,
         "label_smoothing": 0.0,

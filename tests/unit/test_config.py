@@ -123,7 +123,7 @@ def _others(old):
     if old is None:
         return [4.5]
     return (
-        [old * 2, "reference"]
+        [old * 2, "reference", "both"]
         if isinstance(old, str)
         else [old / 2 or 0.5]
         if isinstance(old, float)
@@ -194,7 +194,7 @@ def test_h100_and_seed155_carry_the_seeds_values():
         )
         names = expansion.expand(config, {})
         model = next(r.config.model for r in names if r.arm == "ce")
-        assert (model.long_layers, model.value_layers) == ((3, 10), (0, 1, 8, 9, 10))
+        assert (model.long_layers, model.value_layers) == ((3, 10), (1, 2, 8, 9, 10))
         teacher = next(r.config.model for r in names if r.arm == "probe" and r.label == "L3-H6-D128-250")
         assert (teacher.long_layers, teacher.value_layers, teacher.paired_layers) == ((2,), (0, 1, 2), (0, 2))
         assert teacher.attention_free_layers == teacher.skip == teacher.backout == ()

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from configs import ROOT
 
 from kdclimb import campaign
@@ -82,6 +83,17 @@ def test_seeds_order_documents_differently_and_skipping_is_reading():
     assert a.epoch >= 1
     assert a.next_batch(64, "cpu").inputs.tolist() == b.next_batch(64, "cpu").inputs.tolist()
     assert packer(1).next_batch(64, "cpu").inputs.tolist() != other.next_batch(64, "cpu").inputs.tolist()
+
+
+def test_slabs_leave_nothing_out_and_keep_documents_apart(manifest):
+    dataset = Dataset(manifest)
+    stream = np.concatenate(dataset.shards("val"))
+    slabs = dataset.val_batches(500, 128, None, "cpu")
+    assert torch.cat([slab.inputs for slab in slabs]).tolist() == stream[:500].tolist()
+    assert torch.cat([slab.labels for slab in slabs]).tolist() == stream[1:501].tolist()
+    for slab in slabs:
+        begins = {0, *torch.nonzero(slab.inputs == dataset.bos).flatten().tolist(), len(slab.inputs)}
+        assert slab.documents.cu_seqlens.tolist() == sorted(begins)
 
 
 def test_validation_set_is_fixed_and_too_large_a_one_is_refused(manifest):

@@ -132,6 +132,19 @@ def test_paired_heads_see_both_keys_of_their_pair(tiny):
         torch.testing.assert_close(ours[t, h], truth)
 
 
+def test_value_gates_see_what_they_say(tiny):
+    for kind, sees_value in (("hidden", False), ("both", True)):
+        gpt = awake(model(tiny, value_gate=kind))
+        layer = max(tiny.student.value_layers) if tiny.student.value_layers[-1] >= 0 else gpt.config.num_layers - 1
+        block, d = gpt.blocks[layer], gpt.config.dim
+        x, value = torch.randn(5, d), torch.randn(5, d)
+        half = block.value_gate.shape[1] // 2
+        inputs = torch.cat([x[:, :half], value[:, :half]], dim=1) if sees_value else x[:, : 2 * half]
+        torch.testing.assert_close(block.gate_value(x, value), 2 * (inputs @ block.value_gate.T).sigmoid())
+    assert model(tiny, value_gate="both").value_embeds["0"].detach().std().item() == pytest.approx(0.01, rel=0.1)
+    assert not model(tiny, value_gate="hidden").value_embeds["0"].any()
+
+
 def test_half_of_each_head_turns_and_by_yarn_less_so_where_it_turns_seldom(tiny):
     config = dataclasses.replace(
         next(r.config.model for r in expansion.expand(tiny, {}) if r.arm == "ce"), head_dim=128
@@ -253,6 +266,13 @@ def test_momentum_warms_up_and_cools_down_at_every_horizon(tiny, horizon, warmup
     assert max(values[:warmup] + values[horizon - cooldown + 1 :]) < 0.95
     flat = dataclasses.replace(muon, momentum_warmup=0, momentum_cooldown=0)
     assert {schedule.momentum(flat, horizon, step) for step in range(horizon)} == {0.95}
+
+
+def test_momentum_keeps_rising_where_the_ramps_overlap(tiny):
+    ramps = {"momentum_warmup": 300, "momentum_cooldown": 50, "momentum_ramp_frac": 2.0}
+    muon = dataclasses.replace(tiny.optim.muon, momentum=0.95, momentum_min=0.85, **ramps)
+    values = [schedule.momentum(muon, 157, step) for step in range(157)]
+    assert values == pytest.approx([0.85 + 0.1 * step / 300 for step in range(157)])
 
 
 def test_three_lr_phases_of_kd(tiny_runs):

@@ -77,9 +77,13 @@ def test_all_that_validation_can_have_it_gets(tiny, manifest):
     assert len(Dataset(manifest).val_batches(most, 128, 64, "cpu")) == -(-most // 128)
     with pytest.raises(ValueError, match=r"validation\.tokens"):
         Dataset(manifest).val_batches(most + 1, 128, 64, "cpu")
+    most = supply.prepared(dataclasses.replace(campaign.token_needs(tiny), val_slabs=True), manifest.parent).val
+    assert len(Dataset(manifest).val_batches(most, 128, None, "cpu")) == -(-most // 128)
+    with pytest.raises(ValueError, match=r"validation\.tokens"):
+        Dataset(manifest).val_batches(most + 1, 128, None, "cpu")
 
 
-NEEDS = Needs(64, 32, 2, 500, (Longest("CE 100", "train.horizons", 0, 1000),))
+NEEDS = Needs(64, 32, 2, 500, False, (Longest("CE 100", "train.horizons", 0, 1000),))
 
 
 @pytest.mark.parametrize(
