@@ -198,7 +198,9 @@ class _Expansion:
             kind=kind,
             entries={"hidden": 0, "top_k": kd.top_k, "samples": section.samples}[kind],
             temperature=kd.temperature if sparse else 1.0,
+            dtype=section.cache_dtype if kind == "hidden" else "bf16",
             teacher=kd.teacher,
+            teacher_dtype=kd.teacher_dtype,
             seed=seed,
             micro_batch_tokens=schedule.micro_batch_tokens,
             max_doc_tokens=schedule.max_doc_tokens,
@@ -248,7 +250,9 @@ class _Expansion:
         """KD from n-gram teachers at the last horizon, for its first tokens only and with the LR of CE throughout."""
         runs, seeds = [], self.campaign.train.seeds
         for table, share in itertools.product(self.tables(), self.campaign.kd.ngram.token_frac):
-            kd = dataclasses.replace(self.kd(table.run_id, 1.0), token_frac=share, post_stop_lr=1.0, top_k=0)
+            kd = dataclasses.replace(
+                self.kd(table.run_id, 1.0), token_frac=share, post_stop_lr=1.0, top_k=0, teacher_dtype="same"
+            )
             label = f"{table.label}-first{share:g}"
             runs += [self.run("ngram", label, horizon=self.last, seed=seed, kd=kd) for seed in seeds]
         return runs

@@ -103,6 +103,7 @@ class Trainer:
     def _load_teacher(self) -> tuple[GPT | NgramTable, float]:
         compiled = self.options["compiled"] and self.config.kd.compile_teacher
         options = {"device": self.device, **self.options, "compiled": compiled}
+        options["matrix_dtype"] = self.config.kd.teacher_dtype
         if self.config.kd.random_teacher:
             return random_teacher(self.teacher_folder, self.config.seed, self.val_batches, **options)
         return load_teacher(

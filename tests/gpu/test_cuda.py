@@ -369,6 +369,7 @@ def kd_config(teacher, **changes):
         token_stride=1,
         cache=None,
         compile_teacher=True,
+        teacher_dtype="same",
         logits_mib=0,
         token_gate="none",
         token_gate_frac=0.5,
