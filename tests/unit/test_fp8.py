@@ -14,10 +14,10 @@ from kdclimb.cache import DESCRIPTION, TargetCache
 from kdclimb.config import ConfigError
 from kdclimb.data import Dataset
 from kdclimb.kernels import fp8
-from kdclimb.model import GPT
+from kdclimb.model import GPT, compile_layer
 from kdclimb.ngram import NgramTable
 from kdclimb.teacher import in_dtype
-from kdclimb.train import Trainer
+from kdclimb.train import Trainer, compiled_graphs
 
 HALF_STEP = 2.0**-4  # of a number with 3 bits behind its leading one
 
@@ -68,6 +68,28 @@ def test_a_rounded_model_is_near_the_same_in_float64(shape):
     plain = relative(model(tokens, documents), truth)
     model.round_matrices()
     assert plain < relative(model(tokens, documents), truth) < 0.2
+
+
+def test_a_rounded_model_compiles_whole_once_for_each_kind_of_layer(shape, cpu_varlen):
+    torch.manual_seed(0)
+    config = dataclasses.replace(shape, num_layers=6, value_layers=(), long_layers=(), paired_layers=())
+    config = dataclasses.replace(config, attention_free_layers=(5,), skip=(), backout=())
+    plain, compiled = (
+        GPT(config, backend=backend, compute_dtype=torch.bfloat16).requires_grad_(False)
+        for backend in ("reference", "torch_varlen")
+    )
+    for p in plain.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+    compiled.load_state_dict(plain.state_dict())
+    compiled._layer = compile_layer(backend="aot_eager")
+    before = compiled_graphs()
+    for gpt in (plain, compiled):
+        gpt.round_matrices()
+    for start in (10, 17):
+        tokens = torch.randint(0, 384, (40,))
+        documents = Documents(torch.tensor([0, start, 40], dtype=torch.int32), 40, 40)
+        torch.testing.assert_close(compiled(tokens, documents), plain(tokens, documents), rtol=0.02, atol=0.02)
+    assert compiled_graphs() - before == 2  # with attention and without
 
 
 def test_where_it_cannot_run_the_key_is_named(shape):
