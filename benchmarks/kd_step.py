@@ -41,7 +41,7 @@ from kdclimb.cache import DESCRIPTION, TargetCache
 from kdclimb.config import ATTENTION_BACKENDS, AttentionConfig, CacheConfig, KDConfig, RunConfig
 from kdclimb.data import Batch, Dataset
 from kdclimb.distill import KDController
-from kdclimb.kernels import DistillLoss
+from kdclimb.kernels import DenseTeacher, DistillLoss
 from kdclimb.model import GPT
 from kdclimb.teacher import in_dtype
 from kdclimb.train import Trainer, compiled_graphs
@@ -64,8 +64,8 @@ class LigerController(KDController):
         super().__init__(*arguments)
         self.compute = liger_loss()
 
-    def loss(self, hidden: Tensor, student: GPT, batch: Batch, place: int, **options) -> DistillLoss:
-        target, weight = self.target(batch, place), student.head_weight.to(hidden.dtype)
+    def loss(self, hidden: Tensor, student: GPT, target: DenseTeacher, batch: Batch, **options) -> DistillLoss:
+        weight = student.head_weight.to(hidden.dtype)
         total = self.compute(hidden, weight, target.hidden, target.head.to(hidden.dtype), batch.labels)
         unknown = torch.full_like(total.detach(), torch.nan)
         return DistillLoss(total, total.detach(), unknown, unknown, unknown, "liger")

@@ -268,15 +268,19 @@ class _Expansion:
 
     def isolates(self, teacher: str) -> list[Run]:
         temperature = self.campaign.kd.grid.temperature[0]
+        kd = self.kd(teacher, temperature)
         modes = {
-            "CE only": None,
-            "CE + teacher inference": self.kd(teacher, temperature, infer_only=True),
-            "CE + KD": self.kd(teacher, temperature),
+            "CE only": (None, False),
+            "CE + teacher inference": (self.kd(teacher, temperature, infer_only=True), False),
+            "CE + KD loss": (kd, True),  # its targets from the cache
+            "CE + KD": (kd, False),
         }
+        if self.campaign.kd.cache == "none":
+            del modes["CE + KD loss"]
         seed, stop = self.campaign.train.seeds[0], self.campaign.kd.isolate_steps
         return [
-            self.run("isolate", label, horizon=self.first, seed=seed, stop_step=stop, kd=kd, cached=label == "CE + KD")
-            for label, kd in modes.items()
+            self.run("isolate", label, horizon=self.first, seed=seed, stop_step=stop, kd=kd, cached=cached)
+            for label, (kd, cached) in modes.items()
         ]
 
     def screen(self, teacher: str) -> list[Run]:
