@@ -98,10 +98,12 @@ rule kd_profile:
         f"{RESULTS}/kd/profile.csv",
     log:
         f"{RESULTS}/logs/kd_profile.log",
+    retries: RETRIES
     conda:
         "../envs/kdclimb.yaml"
     threads: workflow.resource_settings.cores or 1
     resources:
+        runtime=lambda wildcards, attempt: longest_runtime(attempt),
         gpu=int(CAMPAIGN.device == "cuda"),
         gpu_model="" if GPU_TYPE == "default" else GPU_TYPE,
         compile_cache=compile_cache(),
