@@ -8,6 +8,7 @@ The loss makes its gradients in its forward pass (docs/KERNELS.md), so "backward
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -111,7 +112,7 @@ def write(runs: list[tuple[str, RunConfig, Path | None, Path | None]], manifest:
         for part in PARTS:
             ms = statistics.median(kept[part])
             row = {"label": label, "run_id": config.run_id, "part": part, "ms_median": ms, "share_of_step": ms / step}
-            row |= {"ms_p90": kept[part][int(0.9 * (len(kept[part]) - 1))], "step_ms_median": step}
+            row |= {"ms_p90": kept[part][math.ceil(0.9 * len(kept[part])) - 1], "step_ms_median": step}
             row |= {"steps": len(kept[part]), "shared_device": shared, "device": device, "threads": threads}
             rows.append(row | peaks)
     write_csv(out, COLUMNS, rows)

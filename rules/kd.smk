@@ -81,13 +81,6 @@ rule kd_isolates:
         "python workflow/scripts/kd_isolates.py {params.runs} --out {output} > {log} 2>&1"
 
 
-def of_isolates(wildcards):
-    """The teacher and the caches that the isolates need, known once a teacher is selected."""
-    checkpoints.teacher_select.get()
-    configs = [run.config for run in runs("isolate")]
-    return teacher_checkpoints(*configs) + sorted({target_cache(config) for config in configs if target_cache(config)})
-
-
 # The same once more with their parts timed, after the timed ones: ./run results/<campaign>/kd/profile.csv
 rule kd_profile:
     input:
