@@ -156,18 +156,24 @@ def liger_jsd(problem: Problem):
     return call
 
 
-def liger_chunked(problem: Problem):
+def liger_loss():
+    """Liger's chunked CE + KL, half of each: a function of hidden states, head, the teacher's two, and labels."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(
         weight_hard_loss=0.5, weight_soft_loss=0.5, beta=0.0, compiled=True, chunk_size=CHUNK
     )
 
-    def call():
-        out = loss(problem.hidden, problem.head, problem.teacher_hidden, problem.teacher_head, problem.labels)
+    def call(*inputs):
+        out = loss(*inputs)
         return out[0] if isinstance(out, tuple) else out
 
     return call
+
+
+def liger_chunked(problem: Problem):
+    call = liger_loss()
+    return lambda: call(problem.hidden, problem.head, problem.teacher_hidden, problem.teacher_head, problem.labels)
 
 
 def liger_ce(problem: Problem):

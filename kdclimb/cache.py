@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kdclimb.config import CacheConfig, RunConfig, build
-from kdclimb.kernels import DenseTeacher, SparseTeacher
+from kdclimb.kernels import DenseTeacher, SparseTeacher, fp8
 from kdclimb.model import GPT
 
 STEPS_A_NAT = 2048  # of log-probabilities, kept as 16-bit fixed point: fp16 would be eight times as coarse at 8 nats
@@ -25,9 +25,10 @@ DESCRIPTION = "cache.json"  # written last: without it a cache is not whole
 
 
 def layout(config: CacheConfig, width: int) -> dict[str, tuple[str, int]]:
-    """{file: (its numpy dtype, values a token)}. bf16 values are kept as the int16 of their bits."""
+    """{file: (its numpy dtype, values a token)}. bf16 and e4m3 values are kept as integers of their bits."""
+    eight = {"hidden": ("|i1", width), "scale": ("<f4", 1)}
     return {
-        "hidden": {"hidden": ("<i2", width)},
+        "hidden": {"hidden": ("<i2", width)} if config.dtype == "bf16" else eight,
         "top_k": {"ids": ("<u2", config.entries), "log_probs": ("<u2", config.entries)},
         "samples": {"ids": ("<u2", config.entries), "counts": ("|u1", config.entries)},
     }[config.kind]
@@ -52,6 +53,7 @@ class TargetCache:
             "seed": (config.seed, run.seed),
             "micro_batch_tokens": (config.micro_batch_tokens, run.schedule.micro_batch_tokens),
             "max_doc_tokens": (config.max_doc_tokens, run.schedule.max_doc_tokens),
+            "teacher_dtype": (config.teacher_dtype, run.kd.teacher_dtype),
         }
         if config.kind != "hidden":
             asked["temperature"] = (config.temperature, run.kd.temperature)
@@ -77,14 +79,23 @@ class TargetCache:
         """The teacher's side for the micro-batch at this place of the run's stream. Nothing waits for the device."""
         if place >= self.config.micro_batches:
             raise ValueError(f"{self.folder}: holds {self.config.micro_batches} micro-batches; number {place} is asked")
-        found = self.ahead[1] if self.ahead[0] == place else self.pool.submit(self._read, place, device)
+        found = self.ahead[1] if self.ahead[0] == place else self.read_ahead(place, device)
         values = {name: tensor.to(device, non_blocking=True) for name, tensor in found.result().items()}
         if place + 1 < self.config.micro_batches:
-            self.ahead = place + 1, self.pool.submit(self._read, place + 1, device)
-        if self.config.kind == "hidden":
-            hidden = values["hidden"].view(torch.bfloat16).to(self.teacher.compute_dtype)
-            return DenseTeacher(hidden, self.teacher.head_weight, self.teacher.softcap)
-        return SparseTeacher(**values)
+            self.read_ahead(place + 1, device)
+        if self.config.kind != "hidden":
+            return SparseTeacher(**values)
+        hidden, dtype = values["hidden"], self.teacher.compute_dtype
+        if self.config.dtype == "fp8":
+            hidden = fp8.Rows8(hidden.view(torch.float8_e4m3fn), values["scale"]).to(dtype)
+        else:
+            hidden = hidden.view(torch.bfloat16).to(dtype)
+        return DenseTeacher(hidden, self.teacher.head_weight, self.teacher.softcap)
+
+    def read_ahead(self, place: int, device: str) -> Future:
+        """Begin to read this micro-batch, for when it is asked for."""
+        self.ahead = place, self.pool.submit(self._read, place, device)
+        return self.ahead[1]
 
     def _read(self, place: int, device: str) -> dict[str, Tensor]:
         """One micro-batch in host memory. Raises ValueError unless it is what was written."""

@@ -59,7 +59,18 @@ def load(config: dict, root: Path) -> Campaign:
     _check_data(campaign.data, root)
     if campaign.device == "auto":
         campaign = dataclasses.replace(campaign, device=detect_device())
+    _check_fp8(campaign)
     return campaign
+
+
+def _check_fp8(campaign: Campaign) -> None:
+    """8-bit products before any run fails for them; what GPU it is, the run itself finds out."""
+    on_gpu = campaign.device == "cuda"
+    for key, value in {
+        "kd.teacher_dtype": campaign.kd.teacher_dtype,
+        "train.head_dtype": campaign.train.head_dtype,
+    }.items():
+        require(on_gpu or value == "same", key, value, f"same with device: {campaign.device}")
 
 
 def _explain(error: jsonschema.ValidationError) -> str:

@@ -342,7 +342,9 @@ class CacheConfig:
     kind: str  # hidden, top_k or samples
     entries: int  # of a token: words of top_k, draws of samples; 0 for hidden
     temperature: float  # of top_k and samples; 1 for hidden, which fits any
+    dtype: str  # of hidden's values: bf16 or fp8
     teacher: str  # run id
+    teacher_dtype: str  # of the products in its layers: same, or fp8
     data: DataRef
     validation: ValidationConfig  # on which the teacher must score what it scored
     seed: int
@@ -391,6 +393,7 @@ class KDConfig:
     token_gate_frac: float  # of the tokens, for student_entropy
     top_k: int  # a neural teacher's likeliest words alone; 0 for its whole distribution
     compile_teacher: bool  # on a GPU
+    teacher_dtype: str  # of the products in the teacher's layers: same, or fp8
     logits_mib: int  # MiB for both sides' logits of a chunk; 0 for the loss's own choice
     tail: str  # of a sparse teacher: what its entries leave; see kernels/targets.py
     stop_mode: str  # val_margin, step or none

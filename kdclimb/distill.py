@@ -73,13 +73,21 @@ class KDController:
             return sparsify.top_k(target, k, self.config.temperature, self.config.tail) if k else target
         return dataclasses.replace(target, tail=self.config.tail)
 
-    def loss(self, hidden: Tensor, student: GPT, batch: Batch, place: int, *, alpha: float, **options) -> DistillLoss:
-        """The training loss of a micro-batch that has a teacher; `options` are distill_loss's.
+    def loss(
+        self,
+        hidden: Tensor,
+        student: GPT,
+        target: DenseTeacher | SparseTeacher,
+        batch: Batch,
+        *,
+        alpha: float,
+        **options,
+    ) -> DistillLoss:
+        """The training loss of a micro-batch that has a teacher, whose side is `target`; `options` are distill_loss's.
 
-        With `infer_only` the teacher runs and its answer is dropped.
+        With `infer_only` the teacher's answer is dropped.
         """
         options |= {"logits_mib": self.config.logits_mib or None}
-        target = self.target(batch, place)
         if self.config.infer_only:
             return distill_loss(hidden, student.head_weight, None, batch.labels, **options)
         mask = sparsify.gate(

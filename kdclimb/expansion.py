@@ -198,7 +198,9 @@ class Expansion:
             kind=kind,
             entries={"hidden": 0, "top_k": kd.top_k, "samples": section.samples}[kind],
             temperature=kd.temperature if sparse else 1.0,
+            dtype=section.cache_dtype if kind == "hidden" else "bf16",
             teacher=kd.teacher,
+            teacher_dtype=kd.teacher_dtype,
             seed=seed,
             micro_batch_tokens=schedule.micro_batch_tokens,
             max_doc_tokens=schedule.max_doc_tokens,
@@ -248,7 +250,9 @@ class Expansion:
         """KD from n-gram teachers at the last horizon, for its first tokens only and with the LR of CE throughout."""
         runs, seeds = [], self.campaign.train.seeds
         for table, share in itertools.product(self.tables(), self.campaign.kd.ngram.token_frac):
-            kd = dataclasses.replace(self.kd(table.run_id, 1.0), token_frac=share, post_stop_lr=1.0, top_k=0)
+            kd = dataclasses.replace(
+                self.kd(table.run_id, 1.0), token_frac=share, post_stop_lr=1.0, top_k=0, teacher_dtype="same"
+            )
             label = f"{table.label}-first{share:g}"
             runs += [self.run("ngram", label, horizon=self.last, seed=seed, kd=kd) for seed in seeds]
         return runs
@@ -264,15 +268,19 @@ class Expansion:
 
     def isolates(self, teacher: str) -> list[Run]:
         temperature = self.campaign.kd.grid.temperature[0]
+        kd = self.kd(teacher, temperature)
         modes = {
-            "CE only": None,
-            "CE + teacher inference": self.kd(teacher, temperature, infer_only=True),
-            "CE + KD": self.kd(teacher, temperature),
+            "CE only": (None, False),
+            "CE + teacher inference": (self.kd(teacher, temperature, infer_only=True), False),
+            "CE + KD loss": (kd, True),  # its targets from the cache
+            "CE + KD": (kd, False),
         }
+        if self.campaign.kd.cache == "none":
+            del modes["CE + KD loss"]
         seed, stop = self.campaign.train.seeds[0], self.campaign.kd.isolate_steps
         return [
-            self.run("isolate", label, horizon=self.first, seed=seed, stop_step=stop, kd=kd, cached=label == "CE + KD")
-            for label, kd in modes.items()
+            self.run("isolate", label, horizon=self.first, seed=seed, stop_step=stop, kd=kd, cached=cached)
+            for label, (kd, cached) in modes.items()
         ]
 
     def screen(self, teacher: str) -> list[Run]:

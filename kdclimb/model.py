@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kdclimb.attention import Documents, Span, attention, to_device
 from kdclimb.config import ModelConfig
-from kdclimb.kernels import Softcap
+from kdclimb.kernels import Softcap, fp8
 from kdclimb.kernels.mlp import relu2_mlp
 from kdclimb.kernels.rows import add_rows
 
@@ -87,6 +87,11 @@ class GPT(nn.Module):
         assert self.head is None
         self.head = nn.Parameter(self.embed.detach().clone())
         return self.head
+
+    def round_matrices(self) -> None:
+        """From now on the blocks' products are of 8-bit operands (`kernels/fp8.py`): for a frozen model at work."""
+        for block in self.blocks:
+            block.rounded = tuple(map(fp8.by_rows, block.matrices()))
 
     def kinds(self) -> dict[str, str]:
         """The kind of each parameter, by name: it decides which optimiser steps it, and in which group."""
@@ -196,6 +201,7 @@ class Block(nn.Module):
         self.down = nn.Parameter(torch.zeros(d, 4 * d))
         gate = min(GATE_INPUTS, d)
         self.factors = self.attention_gate = self.value_gate = None
+        self.rounded: tuple[fp8.Rows8, ...] = ()  # `matrices()` in 8 bits
         if config.qkvo_factors and self.attends:
             self.factors = nn.Parameter(torch.tensor([QKV, 1.0]))
         if config.attention_gate and self.attends:
@@ -203,12 +209,20 @@ class Block(nn.Module):
         if i in config.value_layers:
             self.value_gate = nn.Parameter(torch.zeros(self.num_heads, gate))
 
-    def attend(self, x, value, tables, documents, span, backend):
-        shape = (len(x), self.num_heads, self.head_dim)
+    def attention_matrices(self) -> tuple[Tensor, Tensor]:
+        """(3d, d) of queries, keys and values, and (d, d) of the output, with their learned factors."""
         weights, output = torch.cat([self.q, self.k, self.v]), self.o
         if self.factors is not None:
             weights, output = self.factors[0] * weights, self.factors[1] * output
-        q, k, v = (y.view(shape) for y in F.linear(x, weights.to(x.dtype)).chunk(3, dim=-1))
+        return weights, output
+
+    def matrices(self) -> tuple[Tensor, ...]:
+        return (self.up, self.down, *(self.attention_matrices() if self.attends else ()))
+
+    def attend(self, x, value, tables, documents, span, backend):
+        shape = (len(x), self.num_heads, self.head_dim)
+        weights, output = self.rounded[2:] or self.attention_matrices()
+        q, k, v = (y.view(shape) for y in linear(x, weights).chunk(3, dim=-1))
         q, k = (rotate(rms_norm(y), tables) for y in (q, k))
         if self.offsets_keys:
             k = offset_keys(k)
@@ -219,7 +233,7 @@ class Block(nn.Module):
         y = attention(q, k, v.contiguous(), documents, span, backend).reshape(shape)
         if self.attention_gate is not None:
             y = y * gate(x, self.attention_gate, 1.0)[..., None]
-        return F.linear(y.flatten(1), output.to(x.dtype))
+        return linear(y.flatten(1), output)
 
     def gate_value(self, x, value):
         if not self.value_gate_sees_value:
@@ -228,7 +242,14 @@ class Block(nn.Module):
         return gate(torch.cat([x[:, :half], value[:, :half]], dim=1), self.value_gate, 2.0)
 
     def mlp(self, x):
+        if self.rounded:
+            up, down = self.rounded[:2]
+            return linear(F.relu(linear(x, up)).square(), down)
         return relu2_mlp(x, self.up, self.down)
+
+
+def linear(x: Tensor, weight: Tensor | fp8.Rows8) -> Tensor:
+    return F.linear(x, weight.to(x.dtype)) if isinstance(weight, Tensor) else fp8.product(x, weight)
 
 
 class _LookUp(torch.autograd.Function):

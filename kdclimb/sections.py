@@ -160,6 +160,7 @@ class NgramSection:
 class KDSection:
     exploratory: bool
     cache: str
+    cache_dtype: str
     samples: int
     alpha: float
     alpha_schedule: str
@@ -174,6 +175,7 @@ class KDSection:
     token_gate_frac: float
     top_k: int
     compile_teacher: bool
+    teacher_dtype: str
     logits_mib: int
     tail: str
     stop_mode: str

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdclimb.artifacts import write_json, write_via
-from kdclimb.config import ModelConfig, RunConfig, build
+from kdclimb.config import ModelConfig, RunConfig, build, require
 from kdclimb.data import Batch, Dataset
 from kdclimb.evaluate import validate
+from kdclimb.kernels import fp8
 from kdclimb.model import GPT
 from kdclimb.ngram import NgramTable
 
@@ -77,11 +78,12 @@ def read_description(folder: Path) -> dict:
 
 
 def load_teacher(
-    folder: Path, val_batches: list[Batch], expected: dict, **model_options
+    folder: Path, val_batches: list[Batch], expected: dict, *, matrix_dtype: str = "same", **model_options
 ) -> tuple[GPT | NgramTable, float]:
     """(teacher, its val_loss), frozen. `expected` are facts that model.json must hold, such as the data hash.
 
-    The teacher is validated again: raises ValueError unless it scores what it scored when saved.
+    The teacher is validated again: raises ValueError unless it scores what it scored when saved. Only then are its
+    layers' products rounded to `matrix_dtype` ("same" or "fp8").
     """
     description = read_description(folder)
     for name, value in expected.items():
@@ -99,7 +101,18 @@ def load_teacher(
         raise ValueError(
             f"{folder}: scores {val_loss:.6f}, but scored {description['final_val']:.6f} when it was saved"
         )
-    return model, val_loss
+    return in_dtype(model, matrix_dtype), val_loss
+
+
+def in_dtype(teacher: GPT | NgramTable, dtype: str) -> GPT | NgramTable:
+    """The teacher, with its layers' products in 8 bits for "fp8". Raises ConfigError where it can't have them."""
+    if dtype == "fp8":
+        reason = "an n-gram teacher has no layers"
+        if isinstance(teacher, GPT):
+            reason = fp8.why_not(teacher.embed.device, teacher.config.dim)
+        require(reason is None, "kd.teacher_dtype", dtype, f"same; this one: {reason}")
+        teacher.round_matrices()
+    return teacher
 
 
 def build_frozen(description: dict, *, device: str, **model_options) -> GPT:
@@ -113,7 +126,9 @@ def build_frozen(description: dict, *, device: str, **model_options) -> GPT:
     return model.requires_grad_(False)
 
 
-def random_teacher(folder: Path, seed: int, val_batches: list[Batch], **model_options) -> tuple[GPT, float]:
+def random_teacher(
+    folder: Path, seed: int, val_batches: list[Batch], *, matrix_dtype: str = "same", **model_options
+) -> tuple[GPT, float]:
     """A control: the shape of the checkpoint in `folder` with fresh random weights, and its val_loss."""
     torch.manual_seed(seed)
     description = read_description(folder)
@@ -125,4 +140,5 @@ def random_teacher(folder: Path, seed: int, val_batches: list[Batch], **model_op
     for block in model.blocks:
         torch.nn.init.normal_(block.down, std=0.02)
     torch.nn.init.normal_(model.embed)
-    return model, validate(model, val_batches)[0]
+    val_loss, _ = validate(model, val_batches)
+    return in_dtype(model, matrix_dtype), val_loss

@@ -11,7 +11,7 @@ import math
 import statistics
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -93,6 +93,7 @@ class Trainer:
         sched = config.schedule
         cut = config.validation.cut(sched.max_doc_tokens)
         self.val_batches = dataset.val_batches(config.validation.tokens, sched.micro_batch_tokens, cut, self.device)
+        self.region = lambda name: nullcontext()  # around the parts of a step; `profile.py` times them
         self.kernel: str | None = None  # the loss's implementation, known once it ran
         self.teacher_folder = teacher_folder
         self.teacher = None if config.kd is None else self._load_teacher()
@@ -102,6 +103,7 @@ class Trainer:
     def _load_teacher(self) -> tuple[GPT | NgramTable, float]:
         compiled = self.options["compiled"] and self.config.kd.compile_teacher
         options = {"device": self.device, **self.options, "compiled": compiled}
+        options["matrix_dtype"] = self.config.kd.teacher_dtype
         if self.config.kd.random_teacher:
             return random_teacher(self.teacher_folder, self.config.seed, self.val_batches, **options)
         return load_teacher(
@@ -188,27 +190,34 @@ class Trainer:
         measure_share = self.step % SHARE_EVERY == 0
         losses = []
         for micro in range(num_micro):
-            batch = self.stream.next_batch(sched.micro_batch_tokens, self.device)
-            hidden = self.model(batch.inputs, batch.documents)
+            with self.region("data"):
+                batch = self.stream.next_batch(sched.micro_batch_tokens, self.device)
+            with self.region("student"):
+                hidden = self.model(batch.inputs, batch.documents)
             if micro < with_teacher:
                 share = measure_share and micro == 0
-                place = self.tokens // sched.micro_batch_tokens + micro
-                loss = self.kd.loss(hidden, self.model, batch, place, alpha=alpha, measure_share=share, **options)
+                with self.region("teacher"):
+                    target = self.kd.target(batch, self.tokens // sched.micro_batch_tokens + micro)
+                with self.region("loss"):
+                    loss = self.kd.loss(hidden, self.model, target, batch, alpha=alpha, measure_share=share, **options)
             else:
-                target, weights = self._uniform(hidden)
-                loss = distill_loss(hidden, self.model.head_weight, target, batch.labels, **weights, **options)
-            (loss.total / num_micro).backward()
+                with self.region("loss"):
+                    target, weights = self._uniform(hidden)
+                    loss = distill_loss(hidden, self.model.head_weight, target, batch.labels, **weights, **options)
+            with self.region("backward"):
+                (loss.total / num_micro).backward()
             losses.append(loss)
         self.kernel = losses[0].implementation
         stop_step = self.kd.stop_step if self.kd else None
         mult = schedule.lr_mult(sched, self.config.kd, self.step, stop_step)
-        grad_norm = self.optimizers.grad_norm()
-        self.optimizers.step(
-            self.step,
-            lr_mult=mult,
-            base_mult=schedule.base_lr(sched, self.step),
-            momentum=schedule.momentum(self.config.optim.muon, sched.horizon, self.step),
-        )
+        with self.region("optimiser"):
+            grad_norm = self.optimizers.grad_norm()
+            self.optimizers.step(
+                self.step,
+                lr_mult=mult,
+                base_mult=schedule.base_lr(sched, self.step),
+                momentum=schedule.momentum(self.config.optim.muon, sched.horizon, self.step),
+            )
         self.step += 1
         self.tokens += num_tokens
         kept = {"kept": self.kd.kept} if with_teacher and self.kd.kept is not None else {}

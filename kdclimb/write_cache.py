@@ -18,7 +18,7 @@ from kdclimb.cache import DESCRIPTION, STEPS_A_NAT, layout
 from kdclimb.config import CacheConfig, ConfigError, require
 from kdclimb.data import Dataset
 from kdclimb.evaluate import teacher_target
-from kdclimb.kernels import DenseTeacher
+from kdclimb.kernels import DenseTeacher, fp8
 from kdclimb.model import GPT
 from kdclimb.provenance import device_kind, versions
 from kdclimb.sparsify import sample, top_k
@@ -48,6 +48,7 @@ def write(config: CacheConfig, out: Path, manifest: Path, teacher_folder: Path, 
         backend=choose_backend(config.attention, config.device),
         compute_dtype=torch.bfloat16 if on_gpu else torch.float32,
         compiled=on_gpu,
+        matrix_dtype=config.teacher_dtype,
     )
     out.mkdir(parents=True, exist_ok=True)
     (out / DESCRIPTION).unlink(missing_ok=True)
@@ -108,7 +109,10 @@ def _fill(config: CacheConfig, out: Path, dataset: Dataset, teacher: GPT) -> tup
 
 def _values(config: CacheConfig, target: DenseTeacher, generator: torch.Generator) -> dict[str, Tensor]:
     if config.kind == "hidden":
-        return {"hidden": target.hidden.bfloat16().view(torch.int16)}
+        if config.dtype == "bf16":
+            return {"hidden": target.hidden.bfloat16().view(torch.int16)}
+        rows = fp8.by_rows(target.hidden)
+        return {"hidden": rows.values.view(torch.int8), "scale": rows.scale}
     if config.kind == "samples":
         sparse = sample(target, config.entries, config.temperature, generator)
         return {"ids": sparse.ids, "counts": sparse.counts}

@@ -228,6 +228,13 @@ def target_cache(config):
     return [] if config.kd is None or config.kd.cache is None else f"results/caches/{config.kd.cache}"
 
 
+def of_isolates(wildcards):
+    """The teacher and the caches that the isolates need, known once a teacher is selected."""
+    checkpoints.teacher_select.get()
+    configs = [run.config for run in runs("isolate")]
+    return teacher_checkpoints(*configs) + sorted({target_cache(config) for config in configs if target_cache(config)})
+
+
 def train_code(run_id):
     """The trainer's hash; under `code: frozen`, that of the finished run, so that nothing counts as changed."""
     status = Path(f"results/runs/{run_id}/status.json")

@@ -81,6 +81,35 @@ rule kd_isolates:
         "python workflow/scripts/kd_isolates.py {params.runs} --out {output} > {log} 2>&1"
 
 
+# The same once more with their parts timed, after the timed ones: ./run results/<campaign>/kd/profile.csv
+rule kd_profile:
+    input:
+        manifest=f"{DATA}/manifest.json",
+        timed=f"{RESULTS}/kd/isolates.csv",
+        needed=of_isolates,
+    output:
+        f"{RESULTS}/kd/profile.csv",
+    log:
+        f"{RESULTS}/logs/kd_profile.log",
+    retries: RETRIES
+    conda:
+        "../envs/kdclimb.yaml"
+    threads: workflow.resource_settings.cores or 1
+    resources:
+        runtime=lambda wildcards, attempt: longest_runtime(attempt),
+        gpu=int(CAMPAIGN.device == "cuda"),
+        gpu_model="" if GPU_TYPE == "default" else GPU_TYPE,
+        compile_cache=compile_cache(),
+    params:
+        runs=lambda wildcards: " ".join(
+            f"--run {shlex.quote(f'{run.label}|{run.config.canonical()}')}" for run in runs("isolate")
+        ),
+        code=code("kd_profile"),
+    shell:
+        "env {resources.compile_cache} python workflow/scripts/kd_profile.py {params.runs} --manifest {input.manifest}"
+        " --results results --threads {threads} --out {output} > {log} 2>&1"
+
+
 rule kd_screen:
     input:
         runs=summaries("screen", after=["teacher_select"]),

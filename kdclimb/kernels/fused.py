@@ -18,6 +18,7 @@ import os
 import torch
 from torch import Tensor
 
+from kdclimb.kernels.fp8 import E4M3_MAX
 from kdclimb.kernels.targets import Entries, Problem, Softcap
 
 try:
@@ -33,7 +34,6 @@ GRADIENT_TILES, GRADIENT_WARPS = 16, 8  # words a pass of `_gradient`, in tiles
 STEPS = 65535  # of the 16-bit fixed point in which logits are stored
 LARGEST_RANGE = 80.0  # of capped logits over the temperature: exp(-80) is still a normal fp32 number
 LOG2_E = math.log2(math.e)
-FP8_MAX = 448.0  # largest e4m3 number
 
 
 def why_not(hidden: Tensor, head: Tensor, target, softcap: Softcap | None, temperature: float) -> str | None:
@@ -242,9 +242,9 @@ def _step(softcap: Softcap) -> float:
 
 
 def _to_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 values and the factor that undoes their scaling, both made on the device: the largest becomes FP8_MAX."""
+    """e4m3 values and the factor that undoes their scaling, both made on the device: the largest becomes E4M3_MAX."""
     largest = values.abs().amax().float().clamp_min(1e-12)
-    return (values * (FP8_MAX / largest)).to(torch.float8_e4m3fn), largest / FP8_MAX
+    return (values * (E4M3_MAX / largest)).to(torch.float8_e4m3fn), largest / E4M3_MAX
 
 
 if triton is not None:

@@ -38,7 +38,7 @@ from kdclimb.model import GPT
 from kdclimb.optim import Optimizers
 from kdclimb.prepare import prepare
 from kdclimb.run import run
-from kdclimb.teacher import load_teacher
+from kdclimb.teacher import in_dtype, load_teacher
 from kdclimb.train import compiled_graphs
 
 pytestmark = pytest.mark.gpu
@@ -252,6 +252,43 @@ def test_fp8_head_is_as_exact_as_unfused_fp8():
         assert error(mine, true) <= 3 * error(plain, true)
 
 
+def test_a_teachers_layers_in_fp8_are_near_float64_and_wait_for_nothing(backend):
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    starts, total = [0, 5, 700, 701, 1500], 2048
+    tokens = torch.randint(0, 512, (total,), device="cuda")
+    with torch.device("cuda"):
+        ours = GPT(config().model, backend=backend, compute_dtype=torch.bfloat16, compiled=True).requires_grad_(False)
+        exact = GPT(config().model, backend="reference", compute_dtype=torch.float64).requires_grad_(False)
+    for p in ours.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+    exact.load_state_dict(ours.state_dict())
+    documents = Documents.of(starts, total, "cuda", total)
+    truth = exact(tokens, unpadded(starts, total))
+    plain = error(ours(tokens, documents), truth)
+    in_dtype(ours, "fp8")
+    rounded = error(ours(tokens, documents), truth)
+    print(f"error {rounded:.2e}, in bf16 {plain:.2e}")
+    assert plain < rounded < 0.2
+    graphs = compiled_graphs()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours(tokens, documents)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert compiled_graphs() == graphs
+
+
+def test_kd_from_a_teacher_in_fp8_with_an_fp8_head(manifest, tmp_path):
+    teacher, *_ = train(config(num_layers=1, num_heads=2), manifest, tmp_path)
+    student = config(kd=kd_config(teacher.name, teacher_dtype="fp8"))
+    student = dataclasses.replace(student, schedule=dataclasses.replace(student.schedule, head_dtype="fp8"))
+    _, status, _, vals = train(student, manifest, tmp_path, teacher / "checkpoints")
+    assert (status["status"], status["kernel"], status["recompiles"]) == ("ok", "triton", 0)
+    assert float(vals[-1]["teacher_kl"]) < float(vals[0]["teacher_kl"])
+
+
 def test_fused_loss_waits_for_nothing_and_replays_as_a_graph():
     inputs = make_loss_inputs(2048)
     norm = DynamicNorm(0.05, 20.0)
@@ -370,6 +407,7 @@ def kd_config(teacher, **changes):
         token_stride=1,
         cache=None,
         compile_teacher=True,
+        teacher_dtype="same",
         logits_mib=0,
         token_gate="none",
         token_gate_frac=0.5,

@@ -83,6 +83,7 @@ def make_config(horizon=100, seed=0, kd=None, boost=None, clock="measured", batc
             "token_stride": 1,
             "cache": None,
             "compile_teacher": True,
+            "teacher_dtype": "same",
             "logits_mib": 0,
             "token_gate": "none",
             "token_gate_frac": 0.5,

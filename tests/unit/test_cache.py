@@ -248,7 +248,11 @@ def test_runs_of_a_horizon_and_seed_share_a_cache_of_hidden_states(tiny_runs, ma
     runs = expansion.expand(config, decisions, manifest.parent.name)
     reading = {run.config.kd.cache for run in runs if run.config.kd and run.config.kd.cache}
     assert reading == set(expansion.caches(config, decisions, manifest.parent.name)) and len(reading) == 5
+    isolates = {run.label: run.config.kd for run in runs if run.arm == "isolate"}
+    assert isolates["CE + KD loss"] == dataclasses.replace(isolates["CE + KD"], cache=isolates["CE + KD loss"].cache)
     for run in runs:
+        if run.arm == "isolate":
+            continue
         kd = run.config.kd
         online = kd is None or kd.infer_only or kd.random_teacher
         assert online == (kd is None or kd.cache is None)

@@ -33,7 +33,7 @@ def test_default_campaign_has_the_runs_it_should_and_at_most_50():
     runs = expand_all(config)
     assert len({run.run_id for run in runs}) <= 50
     controls = {"control_boost": 3, "control_random": 1, "control_smooth": 3, "control_extra": 3}
-    expected = {"ce": 10, "probe": 6, "teacher": 6, "isolate": 3, "screen": 4, "kd": 9}
+    expected = {"ce": 10, "probe": 6, "teacher": 6, "isolate": 4, "screen": 4, "kd": 9}
     assert arms(runs) == expected | controls
 
 

@@ -377,13 +377,22 @@ def test_a_failure_keeps_nothing_of_an_earlier_result(kd_run, tiny_runs, train, 
     assert list((out / "checkpoints").iterdir()) == [] and rows(out / "steps.csv") == []
 
 
+SPARSE = {"every": 2, "micro_batches": 1, "token_stride": 2, "token_gate": "teacher_better"}
+MODES = {  # where the targets come from, and which steps and tokens have them
+    "teacher": {},
+    "hidden": {"cache": "hidden"},
+    "top_k": {"cache": "top_k", "top_k": 20, **SPARSE},
+    "samples": {"cache": "samples", "micro_batches": 1},
+    "ngram": {"ngram": {"orders": [3], "token_frac": [1.0]}},
+}
+
+
 @pytest.fixture
 def taught(tiny_runs, manifest, teacher_folder, tmp_path):
     """taught(source) -> (KD config, teacher folder, cache folder) with the teacher itself, its cache, or n-grams."""
 
     def of(source):
-        changes = {"cache": "hidden"} if source == "cache" else {"ngram": {"orders": [3], "token_frac": [1.0]}}
-        config = campaign.load(merged("tests/tiny.yaml", {"kd": {} if source == "teacher" else changes}), ROOT)
+        config = campaign.load(merged("tests/tiny.yaml", {"kd": MODES[source]}), ROOT)
         teacher, data = pick(tiny_runs, "teacher"), manifest.parent.name
         (label,) = (run.label for run in tiny_runs if run.arm == "teacher")
         selected = {"run_id": teacher.run_id, "train_time_ms": 0.1, "budget_ms": 0.1}
@@ -395,7 +404,7 @@ def taught(tiny_runs, manifest, teacher_folder, tmp_path):
             runs = expansion.expand(config, decisions, data)
             return pick(runs, "ngram"), tmp_path / table.run_id / "checkpoints", None
         run = pick(expansion.expand(config, decisions, data), "kd")
-        if source == "teacher":
+        if run.kd.cache is None:
             return run, teacher_folder, None
         cache = expansion.caches(config, decisions, data)[run.kd.cache]
         write(cache, tmp_path / cache.cache_id, manifest, teacher_folder, threads=1)
@@ -405,7 +414,7 @@ def taught(tiny_runs, manifest, teacher_folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["teacher", "cache", "ngram"])
+@pytest.mark.parametrize("source", MODES)
 def test_no_graph_is_made_inside_the_clock(source, taught, manifest, monkeypatch, cpu_varlen):
     """What a GPU compiles, here by a quick backend: over a reset, all stages, the untying and the end of KD."""
     config, teacher_folder, cache = taught(source)

@@ -135,8 +135,12 @@ def test_kd_from_a_cache_that_its_runs_share(changed):
         assert float(row["kd_cache_ms_amortised"]) == pytest.approx(float(row["kd_cache_ms"]) / 2)
     alone = [row for row in cells["kd_full"] if row["kd_cache_ms"] == row["kd_cache_ms_amortised"] != "-"]
     assert len(cells["kd_full"]) == 4 and len(alone) == 3  # the isolate shares that of its seed at the first horizon
-    assert sorted(row["kd_cache_ms"] == "-" for row in cells["kd_isolate"]) == [False, True, True]
+    assert sorted(row["kd_cache_ms"] == "-" for row in cells["kd_isolate"]) == [False, True, True, True]
     assert "Nothing to be done" in changed.run("-n", *arguments)
+    assert jobs(changed.run("results/tiny/kd/profile.csv", *arguments)) == ["kd_profile"]
+    parts = rows(changed.path / "results/tiny/kd/profile.csv")
+    teacher = {row["label"]: float(row["ms_median"]) for row in parts if row["part"] == "teacher"}
+    assert teacher.pop("CE only") == 0 < min(teacher.values()) and len(teacher) == 3
     shutil.rmtree(changed.path / "results/caches")  # nothing trains from them any more
     assert "Nothing to be done" in changed.run("-n", *arguments)
 
