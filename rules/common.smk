@@ -184,16 +184,30 @@ if Path(DATA, "manifest.json").is_file():  # without data nothing can be importe
     imported_runs(["imported"])  # here, since Snakemake drops an input function's error if the rule's output is there
 
 
-def summaries(*arms, after=()):
-    """Input function: the results of all runs of these arms, known once the checkpoints in `after` have decided.
+DECIDING = ("filter_projected", "filter_measured", "teacher_select", "kd_promote")  # the checkpoints, in their order
 
-    Their decisions are inputs too: without, Snakemake would not ask again which runs they are where a decision that is
+
+def decided_by(last):
+    """The decision file of a checkpoint, once it and all before it have decided.
+
+    Each is asked for in turn. Snakemake asks an input function again when the checkpoint that it waits for has run; one
+    that drops out of the plan instead, since those before it decided as they had, is found only from the one before.
+    """
+    for name in DECIDING[: DECIDING.index(last) + 1]:
+        decision = getattr(checkpoints, name).get().output[0]
+    return decision
+
+
+def summaries(*arms, after=None):
+    """Input function: the results of all runs of these arms, known once the checkpoint `after` has decided.
+
+    Its decision is an input too: without, Snakemake would not ask again which runs they are where a decision that is
     there already is taken anew.
     """
 
     def function(wildcards):
         ids = imported_runs(arms)  # first, so that a mistake stops everything before anything is trained
-        decided = [getattr(checkpoints, name).get().output[0] for name in after]
+        decided = [decided_by(after)] if after else []
         batched = [arm for arm in arms if arm == "screen" and CAMPAIGN.cluster.points_per_job > 1]
         ids = [*(run.run_id for run in runs(*arms) if run.arm not in batched), *ids, *logged_runs(arms)]
         done = [f"{RESULTS}/kd/batches/{batch}.csv" for batch in expand_runs()[2]] if batched else []

@@ -24,7 +24,7 @@ localrules:
 
 rule compare:
     input:
-        runs=summaries(*ALL_ARMS, after=["kd_promote"]),
+        runs=summaries(*ALL_ARMS, after="kd_promote"),
         budget=f"{RESULTS}/budget.json",
         probe=f"{RESULTS}/teacher/probe.csv",
         projected=f"{RESULTS}/teacher/projected.json",
@@ -80,7 +80,7 @@ rule compare:
 
 rule ledger:
     input:
-        runs=summaries(*ALL_ARMS, after=["kd_promote"]),
+        runs=summaries(*ALL_ARMS, after="kd_promote"),
         target=f"{RESULTS}/target.json",
     output:
         report(

@@ -67,7 +67,7 @@ rule kd_cache:
 # What KD costs a step: CE alone, with the teacher's forward pass, with the KD loss.
 rule kd_isolates:
     input:
-        summaries("isolate", after=["teacher_select"]),
+        summaries("isolate", after="teacher_select"),
     output:
         f"{RESULTS}/kd/isolates.csv",
     log:
@@ -83,7 +83,7 @@ rule kd_isolates:
 
 rule kd_screen:
     input:
-        runs=summaries("screen", after=["teacher_select"]),
+        runs=summaries("screen", after="teacher_select"),
         target=f"{RESULTS}/target.json",
     output:
         f"{RESULTS}/kd/screen.csv",
@@ -117,7 +117,7 @@ checkpoint kd_promote:
 
 rule kd_full:
     input:
-        runs=summaries("kd", after=["kd_promote"]),
+        runs=summaries("kd", after="kd_promote"),
         target=f"{RESULTS}/target.json",
     output:
         f"{RESULTS}/kd/full.csv",
@@ -137,7 +137,7 @@ CONTROLS = ("control_boost", "control_random", "control_smooth", "control_extra"
 
 rule controls:
     input:
-        runs=summaries(*CONTROLS, after=["kd_promote"]),
+        runs=summaries(*CONTROLS, after="kd_promote"),
         target=f"{RESULTS}/target.json",
     output:
         f"{RESULTS}/controls.csv",

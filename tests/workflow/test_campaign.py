@@ -187,14 +187,18 @@ def test_editing_the_loss_trains_again_unless_code_is_frozen(changed):
     assert "train" not in jobs(changed.run("-n", *frozen))
 
 
-def test_forgotten_results_are_made_again(changed):
+def test_forgotten_results_are_made_again_in_one_go(changed):
+    """A CE run and the teacher: what they decide is decided again, and comes out as it was."""
     before, tables = changed.attempts(), changed.tables()
-    run_id = rows(changed.path / "results/tiny/ce/timing.csv")[0]["run_id"]
-    subprocess.run([".venv/bin/python", "-m", "kdclimb", "retry", "--run", run_id], cwd=changed.path, check=True)
-    assert not (changed.path / "results/runs" / run_id).exists()
-    changed.run(*TINY)
+    selected = json.loads((changed.path / "results/tiny/teacher/selected.json").read_text())["run_id"]
+    for run_id in (rows(changed.path / "results/tiny/ce/timing.csv")[0]["run_id"], selected):
+        subprocess.run([".venv/bin/python", "-m", "kdclimb", "retry", "--run", run_id], cwd=changed.path, check=True)
+        assert not (changed.path / "results/runs" / run_id).exists()
+    output = changed.run(*TINY)
+    assert "<TBD>" not in output.split("Updating checkpoint dependencies.")[-1]
     assert changed.attempts() == before  # its count starts again, and no other run was started
     assert changed.tables() == tables
+    assert "Nothing to be done" in changed.run("-n", *TINY)
 
 
 def test_one_target_alone(checkout):
