@@ -134,12 +134,13 @@ def _check_shapes(campaign: Campaign) -> None:
             candidate.steps,
             f"more than teacher.probe_steps ({campaign.teacher.probe_steps})",
         )
-    require(
-        max(kd.grid.hold_frac) < min(kd.grid.drop_frac),
-        "kd.grid.drop_frac",
-        list(kd.grid.drop_frac),
-        f"above every kd.grid.hold_frac ({list(kd.grid.hold_frac)})",
-    )
+    for name, grid in (("kd.grid", kd.grid), ("controls.ce_grid", campaign.controls.ce_grid)):
+        require(
+            max(grid.hold_frac) < min(grid.drop_frac),
+            f"{name}.drop_frac",
+            list(grid.drop_frac),
+            f"above every {name}.hold_frac ({list(grid.hold_frac)})",
+        )
     require(
         kd.screen_seed not in train.seeds,
         "kd.screen_seed",

@@ -83,8 +83,15 @@ class Trainer:
     """State and steps of one run. `train()` goes from wherever the state stands to the end."""
 
     def __init__(
-        self, config: RunConfig, dataset: Dataset, teacher_folder: Path | None, backend: str, cache: Path | None = None
+        self,
+        config: RunConfig,
+        dataset: Dataset,
+        teacher_folder: Path | None,
+        backend: str,
+        cache: Path | None = None,
+        kd_stop_step: int | None = None,
     ):
+        """`kd_stop_step` is that of the KD run whose LR policy is followed (`lr_policy`); None if KD never stopped."""
         self.config, self.dataset = config, dataset
         self.backend, self.device = backend, config.device
         on_gpu = config.device == "cuda"
@@ -95,7 +102,7 @@ class Trainer:
             config.validation.tokens, sched.micro_batch_tokens, sched.max_doc_tokens, self.device
         )
         self.kernel: str | None = None  # the loss's implementation, known once it ran
-        self.teacher_folder = teacher_folder
+        self.teacher_folder, self.kd_stop_step = teacher_folder, kd_stop_step
         self.teacher = None if config.kd is None else self._load_teacher()
         self.cache = None if config.kd is None else self._open_cache(cache)
         self.reset()
@@ -201,8 +208,7 @@ class Trainer:
             (loss.total / num_micro).backward()
             losses.append(loss)
         self.kernel = losses[0].implementation
-        stop_step = self.kd.stop_step if self.kd else None
-        mult = schedule.lr_mult(sched, self.config.kd, self.step, stop_step)
+        mult = schedule.lr_mult(sched, self.config.kd or self.config.lr_policy, self.step, self._stopped())
         grad_norm = self.optimizers.grad_norm()
         self.optimizers.step(
             self.step,
@@ -226,6 +232,12 @@ class Trainer:
                 if not math.isnan(measured["kd_share"]):  # not asked for, or 0 / 0 while the head is at zero
                     row["kd_share"] = measured["kd_share"]
         return row
+
+    def _stopped(self) -> int | None:
+        """The step after which KD stopped, here or in the run whose LR policy is followed; None if it has not yet."""
+        if self.kd:
+            return self.kd.stop_step
+        return None if self.kd_stop_step is None or self.step < self.kd_stop_step else self.kd_stop_step
 
     def _uniform(self, hidden: torch.Tensor) -> tuple[DenseTeacher | None, dict]:
         """Label smoothing as KD from a uniform teacher, whose KL has the same gradient: all its logits are 0."""

@@ -242,6 +242,10 @@ def target_cache(config):
     return [] if config.kd is None or config.kd.cache is None else f"results/caches/{config.kd.cache}"
 
 
+def policy_run(config):
+    return [] if config.lr_policy is None else f"results/runs/{config.lr_policy.run}/summary.csv"
+
+
 def train_code(run_id):
     """The trainer's hash; under `code: frozen`, that of the finished run, so that nothing counts as changed."""
     status = Path(f"results/runs/{run_id}/status.json")

@@ -73,11 +73,11 @@ def _refused(pairs: Iterable[tuple[Reached, Reached]]) -> str:
 
 
 def _adjust(rows: list[dict]) -> None:
-    """Holm over KD's points and targets, for each measure and cost."""
+    """Holm over KD's points and targets, for each measure and cost; and over those of KD from n-grams."""
     families: dict[tuple, list[dict]] = {}
     for row in rows:
-        if (row["arm"], row["against"]) == ("kd", "ce"):
-            families.setdefault((row["measure"], row["cost"]), []).append(row)
+        if row["arm"] in ("kd", "ngram") and row["against"] == "ce":
+            families.setdefault((row["arm"], row["measure"], row["cost"]), []).append(row)
     for family in families.values():
         for row, p in zip(family, holm([row["p_sooner"] for row in family]), strict=True):
             row["p_holm"] = p

@@ -333,11 +333,13 @@ def config(num_layers=4, num_heads=4, horizon=60, kd=None, clock="measured"):
         validation=ValidationConfig(25, 4096, None),
         attention=AttentionConfig("auto", False),
         kd=kd,
+        lr_policy=None,
         label_smoothing=0.0,
         seed=0,
         device="cuda",
         clock=clock,
         modelled_tflops=0.0 if clock == "measured" else 1.0,
+        anchor_steps=0 if clock == "modelled" else 5,
     )
 
 
