@@ -414,6 +414,7 @@ class RunConfig:
     attention: AttentionConfig
     kd: KDConfig | None
     lr_policy: PolicyConfig | None  # of a KD run, where there is no teacher
+    grown_from: str | None  # run id of the teacher whose weights the student starts with, as far as they fit
     label_smoothing: float  # weight of uniform labels in the hard loss, where there is no teacher
     seed: int
     device: str  # cpu or cuda
@@ -433,7 +434,7 @@ class RunConfig:
         """Readable slug plus 12 hex digits. The slug is decoration: nothing parses it."""
         model, schedule, kd = self.model, self.schedule, self.kd
         kind = "ce" if kd is None else "infer" if kd.infer_only else "rand" if kd.random_teacher else "kd"
-        kind += "lr" if self.lr_policy else ""
+        kind += "lr" if self.lr_policy else "grown" if self.grown_from else ""
         kind = f"{kind}ls{self.label_smoothing:g}" if self.label_smoothing else kind
         slug = f"{kind}-{model.num_layers}x{model.dim}-{schedule.horizon}"
         if schedule.stop_step != schedule.horizon:

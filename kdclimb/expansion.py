@@ -45,9 +45,9 @@ def expand(campaign: Campaign, decisions: dict, data: str = "unprepared") -> lis
     """Every run that the campaign names, given the decisions taken so far. Pure.
 
     Arms, in order: ce, ce_screen, ngram, probe; teacher (needs `projected`); isolate, screen (need `selected`); kd,
-    control_boost, control_random, control_tuned, control_smooth, control_extra (need `promoted`). A decision that
-    speaks of something the config no longer holds expands to nothing. Runs that several arms share appear once for
-    each. Teachers that no training makes are not among them: `teacher.imported` and `tables` name them.
+    control_boost, control_random, control_tuned, control_smooth, control_extra, control_growth (need `promoted`). A
+    decision that speaks of something the config no longer holds expands to nothing. Runs that several arms share appear
+    once for each. Teachers that no training makes are not among them: `teacher.imported` and `tables` name them.
     """
     return _expand(campaign, decisions, data).runs
 
@@ -75,7 +75,7 @@ def _expand(campaign: Campaign, decisions: dict, data: str) -> _Expanded:
     promoted = set(decisions.get("promoted", {}).get("points", ()))
     if promoted.intersection(point.name for point in grid_points(campaign.kd.grid)):
         arms += runs.promoted(teacher, promoted) + runs.tuned(decisions["promoted"].get("ce_point")) + runs.smoothed()
-        arms += runs.extended(decisions["selected"])
+        arms += runs.extended(decisions["selected"]) + runs.grown(teacher)
     return _Expanded(arms, runs.caches)
 
 
@@ -182,7 +182,7 @@ class _Expansion:
 
     def run(
         self, arm, label, *, horizon, seed, model=None, stop_step=None, boost=None, kd=None, cached=False,
-        optim=None, lr_policy=None, label_smoothing=0.0,
+        optim=None, lr_policy=None, grown_from=None, label_smoothing=0.0,
     ) -> Run:  # fmt: skip
         campaign, train = self.campaign, self.campaign.train
         schedule = ScheduleConfig(
@@ -212,6 +212,7 @@ class _Expansion:
             attention=campaign.attention,
             kd=kd,
             lr_policy=lr_policy,
+            grown_from=grown_from,
             label_smoothing=label_smoothing,
             seed=seed,
             anchor_steps=campaign.anchor.steps if campaign.budget.clock == "measured" else 0,
@@ -366,6 +367,13 @@ class _Expansion:
             for seed in self.campaign.train.seeds
         ]
         return runs if weight else []
+
+    def grown(self, teacher: str) -> list[Run]:
+        """CE whose student starts with the teacher's weights: a competitor of KD."""
+        if not self.campaign.controls.growth:
+            return []
+        options = {"horizon": self.last, "grown_from": teacher}
+        return [self.run("control_growth", "grown", seed=seed, **options) for seed in self.campaign.train.seeds]
 
     def extended(self, selected: dict) -> list[Run]:
         """CE whose horizon is longer by as many steps as CE makes in the time that the teacher took."""

@@ -34,6 +34,7 @@ CONTROL_NAMES = {
     "control_tuned": "CE at its best point",
     "control_smooth": "label smoothing",
     "control_extra": "extra steps",
+    "control_growth": "grown from the teacher",
 }
 CLUSTER_HEADER = ("stage", "runs", "jobs", "device hours", "wall hours")
 STAGES = (("ce", "ce_screen", "probe"), ("teacher",), ("isolate", "screen"), ("kd", *CONTROL_NAMES))

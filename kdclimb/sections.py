@@ -202,6 +202,7 @@ class CEGridSection:
 class ControlsSection:
     ce_grid: CEGridSection
     lr_policy: bool
+    growth: bool
     label_smoothing: float
     extra_steps: bool
     random_teacher: bool

@@ -30,7 +30,7 @@ from kdclimb.kernels import DenseTeacher, DistillLoss, distill_loss
 from kdclimb.model import GPT
 from kdclimb.ngram import NgramTable
 from kdclimb.optim import Optimizers
-from kdclimb.teacher import checkpoint_facts, load_teacher, random_teacher, read_description
+from kdclimb.teacher import checkpoint_facts, grow, load_teacher, random_teacher, read_description
 
 WARMUP_STEPS = 2
 CHECKPOINT_PAUSE = 10.0  # checkpoints lie so many times as far apart as one takes: seconds for a large model
@@ -130,6 +130,8 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         with torch.device(self.device):  # never whole on the host: a model too large for it must fail as `oom` too
             self.model = GPT(self.config.model, **self.options)
+        if self.config.grown_from is not None:
+            grow(self.model, self.teacher_folder)
         self.optimizers = Optimizers(self.model, self.config.optim, compiled=self.options["compiled"])
         self.stream = self.dataset.train_stream(self.config.seed, self.config.schedule.max_doc_tokens)
         self.kd = None

@@ -235,7 +235,8 @@ def code(rule):
 
 
 def teacher_checkpoints(*configs):
-    return sorted({f"results/runs/{config.kd.teacher}/checkpoints" for config in configs if config.kd is not None})
+    ids = {config.grown_from if config.kd is None else config.kd.teacher for config in configs} - {None}
+    return [f"results/runs/{run_id}/checkpoints" for run_id in sorted(ids)]
 
 
 def target_cache(config):

@@ -15,6 +15,7 @@ ALL_ARMS = (
     "control_tuned",
     "control_smooth",
     "control_extra",
+    "control_growth",
     "log",
 )
 

@@ -44,7 +44,8 @@ CURVE_COLUMNS = tuple(
     "arm label run_id seed horizon step tokens train_time_ms val_loss kd_active teacher_kl time_with_teacher_ms".split()
 )
 COMPARED_ARMS = tuple(
-    "ce kd ngram control_boost control_tuned control_smooth control_extra screen control_random log".split()
+    "ce kd ngram control_boost control_tuned control_smooth control_extra control_growth "
+    "screen control_random log".split()
 )
 JUDGED_ARMS = tuple(arm for arm in COMPARED_ARMS if arm not in ("screen", "control_random", "log"))
 COMPARE_COLUMNS = tuple(
@@ -140,13 +141,14 @@ def teacher_cost_ms(run: RunFolder, teacher: dict) -> float:
     CE and for a random teacher.
     """
     kd = run.config.kd
+    own = teacher["train_time_ms"] * teacher.get("speed", 1.0) if teacher["run_id"] else 0.0
     if kd is None or kd.random_teacher:
-        return 0.0
+        return own if getattr(run.config, "grown_from", None) else 0.0
     if kd.teacher in teacher.get("counted_ms", {}):
         return teacher["counted_ms"][kd.teacher]
     if kd.teacher != teacher["run_id"]:
         raise AnalysisError(f"{run.folder / 'config.json'}: kd.teacher {kd.teacher} is not the selected teacher")
-    return teacher["train_time_ms"] * teacher.get("speed", 1.0) + (run.summary["kd_cache_ms"] or 0.0)
+    return own + (run.summary["kd_cache_ms"] or 0.0)
 
 
 def reach(runs: list[RunFolder], goal: dict, teacher: dict, amortize: int) -> list[Reached]:

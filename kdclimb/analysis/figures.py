@@ -39,6 +39,7 @@ ARM_STYLE = {  # arm: (name, colour, line style)
     "control_random": ("KD, random teacher", "random", "-."),
     "control_smooth": ("CE, label smoothing", "muted", "--"),
     "control_extra": ("CE, teacher's time in steps", "ink", ":"),
+    "control_growth": ("CE, grown", "muted", ":"),
     "log": ("imported log", "muted", "-."),
 }
 SIZE = (5.4, 3.5)  # inches: as wide as a phone in CSS pixels, so that text keeps its size there

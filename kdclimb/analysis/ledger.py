@@ -31,6 +31,7 @@ MODES = {
     "control_tuned": "ce_tuned",
     "control_smooth": "ce_label_smoothing",
     "control_extra": "ce_extra_steps",
+    "control_growth": "ce_grown",
     "log": "imported_log",
 }
 TEACHER_ARMS = ("probe", "teacher", "imported", "ngram_teacher")
@@ -126,7 +127,7 @@ def barred(run: RunFolder, exploratory: bool) -> str:
     if run.imported:
         return "provisional" if not run.ok else "imported"
     reasons = {
-        "exploratory": exploratory,
+        "exploratory": exploratory or run.arm == "control_growth",
         run.status: not run.ok,
         f"{run.config.clock} time": run.config.clock != "measured",
     }

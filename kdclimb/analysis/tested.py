@@ -22,6 +22,7 @@ VERDICT_COLUMNS = (
     *STATISTICS,
     *("p_holm", "outcome"),
 )
+COMPETITOR = "control_growth"  # shown, but no control: it uses the teacher too, and explains nothing away
 DECLARED = "the teacher's time is declared, not measured"
 
 
@@ -103,7 +104,7 @@ def headline(rows: list[dict], point: str | None) -> dict:
     controls = [
         row
         for row in rows
-        if row["measure"] == "crossing" and row["cost"] == "steps" and row["against"] not in ("ce", "kd")
+        if row["measure"] == "crossing" and row["cost"] == "steps" and row["against"] not in ("ce", "kd", COMPETITOR)
         if all(row[key] == value for key, value in asked.items())
     ]
     return found | {"controls": controls}

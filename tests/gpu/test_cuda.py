@@ -334,6 +334,7 @@ def config(num_layers=4, num_heads=4, horizon=60, kd=None, clock="measured"):
         attention=AttentionConfig("auto", False),
         kd=kd,
         lr_policy=None,
+        grown_from=None,
         label_smoothing=0.0,
         seed=0,
         device="cuda",

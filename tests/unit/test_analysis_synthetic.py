@@ -61,6 +61,7 @@ def make_config(horizon=100, seed=0, kd=None, boost=None, clock="measured", batc
         "attention": {"backend": "auto", "require_flash_attn": False},
         "kd": None,
         "lr_policy": None,
+        "grown_from": None,
         "label_smoothing": 0.0,
         "seed": seed,
         "device": "cpu",

@@ -6,7 +6,7 @@ import pytest
 from configs import ROOT, merged
 
 from kdclimb import campaign, expansion, sections
-from kdclimb.config import PolicyConfig
+from kdclimb.config import ConfigError, PolicyConfig
 
 
 def expand_all(config):
@@ -122,3 +122,14 @@ def test_controls_can_be_left_out():
 def test_what_the_screen_chose_is_judged_with_other_seeds(tiny_runs):
     seeds = {arm: {r.config.seed for r in tiny_runs if r.arm == arm} for arm in ("screen", "kd", "control_random")}
     assert seeds["screen"] == seeds["control_random"] == {100} and not seeds["screen"] & seeds["kd"]
+
+
+def test_a_grown_student_needs_candidates_that_fit_into_it():
+    with pytest.raises(ConfigError, match="controls.growth: True is not allowed.*L1-H2-D32-50 is none"):
+        campaign.load(merged({"device": "cpu", "controls": {"growth": True}}), ROOT)
+    shapes = [{"num_layers": 1, "num_heads": 4, "head_dim": 32, "steps": 50}]
+    overlay = {"device": "cpu", "controls": {"growth": True}, "teacher": {"candidates": shapes}}
+    runs = expand_all(campaign.load(merged(overlay), ROOT))
+    teacher = next(r.run_id for r in runs if r.arm == "teacher")
+    grown = [r.config for r in runs if r.arm == "control_growth"]
+    assert len(grown) == 3 and {(c.grown_from, c.kd) for c in grown} == {(teacher, None)}
