@@ -39,12 +39,12 @@ def test_every_stage_leaves_its_result(finished):
         kd/full.csv controls.csv tables/curves.csv tables/runs.csv tables/compare.csv tables/teachers.csv
         tables/reached.csv tables/verdict.csv tables/steps_saved_trend.csv tables/break_even.csv
         tables/stop_conditions.csv tables/teacher_budget10_summary.csv tables/ledger.csv verdict.json
-        report/index.html figures/val_loss_steps.svg""".split()
+        ce/screen.csv tables/tuning.csv report/index.html figures/val_loss_steps.svg""".split()
     assert [name for name in expected if not (results / name).is_file()] == []
     runs = rows(results / "tables/runs.csv")
     assert {r["arm"] for r in runs} == {
-        *("ce", "probe", "teacher", "isolate", "screen", "kd"),
-        *("control_boost", "control_random", "control_smooth", "control_extra"),
+        *("ce", "ce_screen", "probe", "teacher", "isolate", "screen", "kd"),
+        *("control_boost", "control_random", "control_tuned", "control_smooth", "control_extra"),
     }
     assert {r["status"] for r in runs} == {"ok"}
 
@@ -102,7 +102,8 @@ def test_one_temperature_trains_its_point_and_what_follows(changed):
     promoted = json.loads((changed.path / "results/tiny/kd/promoted.json").read_text())["points"]
     follows = [name for name in new if promoted == ["T3-boost1.5-hold0.15-drop0.35"] and "-t3-" in name]
     assert len(screened) == (4 if follows else 1)  # the point; if promoted, its random teacher and two seeds there too
-    assert set(new) == {*screened, *follows}
+    policies = [name for name in new if name.startswith("celr-")]  # CE with the LR of the runs that follow
+    assert set(new) == {*screened, *follows, *policies} and bool(policies) == bool(follows)
 
 
 def test_kd_from_ngrams_is_an_arm_beside_the_sweep(changed):
@@ -368,7 +369,7 @@ def test_shipped_campaigns_dry_run(checkout, config):
     campaign = yaml.safe_load((ROOT / config).read_text())["campaign"]
     assert output.splitlines()[0].startswith(f"kdclimb: campaign {campaign} on cuda")
     planned = jobs(output)
-    assert planned.count("train") == 3 * 3 + 1 + 7 and {"data", "kd_screen", "compare", "ledger", "report"} <= set(
+    assert planned.count("train") == 3 * 3 + 1 + 108 + 7 and {"data", "kd_screen", "compare", "ledger", "report"} <= set(
         planned
     )
 
