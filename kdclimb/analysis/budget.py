@@ -37,6 +37,7 @@ ISOLATE_COLUMNS = (
     "threads",
     "shared_device",
 )
+MIN_STEPS = 10  # of one kind, below which their mean says nothing
 TIMED_ON = ("device", "threads", "clock")
 
 
@@ -148,7 +149,8 @@ def at_one_speed(runs: list[RunFolder], max_drift: float) -> list[RunFolder]:
     """The same runs, their times as they would have been at one speed of the machine.
 
     That speed is the median anchor of the CE runs at the longest horizon. A run without an anchor keeps its times, and
-    has none to compare where others have one, or where the anchor changed during the run by more than `max_drift`.
+    has none to compare where others have one; nor has one during which the machine changed by more than `max_drift`:
+    the anchor from before to after, or the mean of its steps of one kind from their median.
     """
     last = max((run.horizon for run in runs if run.arm == "ce"), default=0)
     anchors = [anchor_of(run.summary) for run in runs if run.arm == "ce" and run.horizon == last]
@@ -161,9 +163,23 @@ def _at_speed(run: RunFolder, anchor: float, max_drift: float) -> RunFolder:
     if own is None:  # failed, or from elsewhere
         return dataclasses.replace(run, unsteady="no anchor beside the run" if run.ok and not run.imported else "")
     before, after = run.summary["anchor_before_ms"], run.summary["anchor_after_ms"]
-    drifted = abs(after / before - 1) > max_drift
-    word = f"the machine's anchor went from {before:.3g} to {after:.3g} ms a step during the run; train it again"
-    return dataclasses.replace(run, speed=anchor / own, unsteady=word if drifted else "")
+    unsteady, stalled = "", _stalled(run)
+    if abs(after / before - 1) > max_drift:
+        unsteady = (
+            f"the machine's anchor went from {before:.3g} to {after:.3g} ms a step during the run; train it again"
+        )
+    elif stalled > 1 + max_drift:
+        unsteady = f"the run's steps took {stalled:.3g} times their median on average; train it again"
+    return dataclasses.replace(run, speed=anchor / own, unsteady=unsteady)
+
+
+def _stalled(run: RunFolder) -> float:
+    """Largest mean time of the steps of one kind (batch size, with KD or not), over their median; 1 for too few."""
+    kinds: dict[tuple, list[float]] = {}
+    for row, ms in zip(run.steps[-len(each := run.durations()) :], each, strict=True):
+        kinds.setdefault((row["batch_tokens"], row["kd_active"]), []).append(ms)
+    ratios = [statistics.fmean(each) / statistics.median(each) for each in kinds.values() if len(each) >= MIN_STEPS]
+    return max(ratios, default=1.0)
 
 
 def kd_isolates(runs: list[RunFolder], out: Path) -> None:

@@ -146,3 +146,13 @@ def test_times_of_a_machine_that_changed_meanwhile_are_compared_with_none(tmp_pa
 def test_without_anchors_times_stay_as_they_are(tmp_path):
     run = run_folder(tmp_path, "ce", "CE", make_config(clock="modelled"), val=VAL)
     assert budget.at_one_speed([run], max_drift=0.25) == [run]
+
+
+@pytest.mark.parametrize(("stalled", "marked"), [([], False), ([30.0], False), ([500.0] * 10, True)])
+def test_a_machine_that_stalls_between_two_steady_ends_is_seen_in_the_steps(tmp_path, stalled, marked):
+    """Steps that only KD makes longer are of another kind."""
+    steps = [15.0] * 40 + stalled + [10.0] * (60 - len(stalled))
+    kd = run_folder(tmp_path, "kd", "T1", make_config(seed=1, kd={}), val=VAL, step_ms=steps, shares=[0.5] * 40)
+    ce = run_folder(tmp_path, "ce", "CE", make_config(), val=VAL)
+    note = budget.refuse_timing(budget.at_one_speed([ce, kd], max_drift=0.25)[1].row(), ce.row())
+    assert ("times their median on average" in note) == bool(note) == marked

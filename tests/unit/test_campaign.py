@@ -125,7 +125,7 @@ def test_what_the_screen_chose_is_judged_with_other_seeds(tiny_runs):
 
 
 def test_a_grown_student_needs_candidates_that_fit_into_it():
-    with pytest.raises(ConfigError, match="controls.growth: True is not allowed.*L1-H2-D32-50 is none"):
+    with pytest.raises(ConfigError, match="controls.growth: True is not allowed.*L1-H2-D32-40 is none"):
         campaign.load(merged({"device": "cpu", "controls": {"growth": True}}), ROOT)
     shapes = [{"num_layers": 1, "num_heads": 4, "head_dim": 32, "steps": 50}]
     overlay = {"device": "cpu", "controls": {"growth": True}, "teacher": {"candidates": shapes}}

@@ -369,9 +369,13 @@ def test_shipped_campaigns_dry_run(checkout, config):
     campaign = yaml.safe_load((ROOT / config).read_text())["campaign"]
     assert output.splitlines()[0].startswith(f"kdclimb: campaign {campaign} on cuda")
     planned = jobs(output)
-    assert planned.count("train") == 3 * 3 + 1 + 108 + 7 and {"data", "kd_screen", "compare", "ledger", "report"} <= set(
-        planned
-    )
+    assert planned.count("train") == 3 * 3 + 1 + 108 + 7 and {
+        "data",
+        "kd_screen",
+        "compare",
+        "ledger",
+        "report",
+    } <= set(planned)
 
 
 def test_plain_snakemake_works_in_a_prepared_environment(finished):
