@@ -30,7 +30,8 @@ VAL_COLUMNS = "step tokens train_time_ms val_loss teacher_kl kd_active".split()
 SUMMARY_COLUMNS = (
     "run_id arm seed status device threads shared_device steps tokens train_time_ms step_ms_median step_ms_p90 "
     "best_val final_val peak_alloc_gib peak_reserved_gib params_stored params_active flops_per_token "
-    "teacher_flops_per_token mfu clock kd_stop_step kd_cache_ms code_hash data_hash broken"
+    "teacher_flops_per_token mfu clock kd_stop_step kd_cache_ms code_hash data_hash broken "
+    "anchor_before_ms anchor_after_ms"
 ).split()
 
 

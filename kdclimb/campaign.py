@@ -145,12 +145,24 @@ def _check_shapes(campaign: Campaign) -> None:
             candidate.steps,
             f"more than teacher.probe_steps ({campaign.teacher.probe_steps})",
         )
-    require(
-        max(kd.grid.hold_frac) < min(kd.grid.drop_frac),
-        "kd.grid.drop_frac",
-        list(kd.grid.drop_frac),
-        f"above every kd.grid.hold_frac ({list(kd.grid.hold_frac)})",
-    )
+    for name, grid in (("kd.grid", kd.grid), ("controls.ce_grid", campaign.controls.ce_grid)):
+        require(
+            max(grid.hold_frac) < min(grid.drop_frac),
+            f"{name}.drop_frac",
+            list(grid.drop_frac),
+            f"above every {name}.hold_frac ({list(grid.hold_frac)})",
+        )
+    student, growth = campaign.student, campaign.controls.growth
+    for candidate in campaign.teacher.candidates if growth else ():
+        inside = candidate.num_layers <= student.num_layers
+        same = (candidate.num_heads, candidate.head_dim) == (student.num_heads, student.head_dim)
+        require(
+            inside and same and not campaign.teacher.imported,
+            "controls.growth",
+            growth,
+            f"false, or all of teacher.candidates with the student's {student.num_heads} heads of {student.head_dim} "
+            f"and at most its {student.num_layers} layers, and none imported ({candidate.name} is none)",
+        )
     require(
         kd.screen_seed not in train.seeds,
         "kd.screen_seed",

@@ -407,6 +407,15 @@ class KDConfig:
 
 
 @dataclass(frozen=True)
+class PolicyConfig:
+    """The LR of a KD run after its KD stop, for a run without KD. The boost is the schedule's, and ends with KD too."""
+
+    run: str  # id of the KD run, whose stop step is taken
+    post_stop_lr: float  # as in KDConfig
+    post_stop_blend_steps: int
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that decides the outcome of one run."""
 
@@ -417,11 +426,14 @@ class RunConfig:
     validation: ValidationConfig
     attention: AttentionConfig
     kd: KDConfig | None
+    lr_policy: PolicyConfig | None  # of a KD run, where there is no teacher
+    grown_from: str | None  # run id of the teacher whose weights the student starts with, as far as they fit
     label_smoothing: float  # weight of uniform labels in the hard loss, where there is no teacher
     seed: int
     device: str  # cpu or cuda
     clock: str  # measured or modelled
     modelled_tflops: float  # speed that the modelled clock charges; 0 under the measured clock
+    anchor_steps: int  # of the anchor before and after the run; 0 for none, as under the modelled clock
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -435,6 +447,7 @@ class RunConfig:
         """Readable slug plus 12 hex digits. The slug is decoration: nothing parses it."""
         model, schedule, kd = self.model, self.schedule, self.kd
         kind = "ce" if kd is None else "infer" if kd.infer_only else "rand" if kd.random_teacher else "kd"
+        kind += "lr" if self.lr_policy else "grown" if self.grown_from else ""
         kind = f"{kind}ls{self.label_smoothing:g}" if self.label_smoothing else kind
         slug = f"{kind}-{model.num_layers}x{model.dim}-{schedule.horizon}"
         if schedule.stop_step != schedule.horizon:

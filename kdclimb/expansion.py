@@ -17,11 +17,13 @@ from kdclimb.config import (
     KDConfig,
     ModelConfig,
     NgramConfig,
+    OptimConfig,
+    PolicyConfig,
     RunConfig,
     ScheduleConfig,
 )
 from kdclimb.schedule import kd_tokens
-from kdclimb.sections import Campaign, Candidate, GridSection, KDSection
+from kdclimb.sections import Campaign, Candidate, CEGridSection, GridSection, KDSection
 
 LAYER_LISTS = ("long_layers", "attention_free_layers", "paired_layers", "value_layers", "skip", "backout")
 
@@ -42,10 +44,10 @@ class Run:
 def expand(campaign: Campaign, decisions: dict, data: str = "unprepared") -> list[Run]:
     """Every run that the campaign names, given the decisions taken so far. Pure.
 
-    Arms, in order: ce, ngram, probe; teacher (needs `projected`); isolate, screen (need `selected`); kd, control_boost,
-    control_random, control_smooth, control_extra (need `promoted`). A decision that speaks of something the config
-    no longer holds expands to nothing. Runs that several arms share appear once for each. Teachers that no training
-    makes are not among them: `teacher.imported` and `tables` name them.
+    Arms, in order: ce, ce_screen, ngram, probe; teacher (needs `projected`); isolate, screen (need `selected`); kd,
+    control_boost, control_random, control_tuned, control_smooth, control_extra, control_growth (need `promoted`). A
+    decision that speaks of something the config no longer holds expands to nothing. Runs that several arms share appear
+    once for each. Teachers that no training makes are not among them: `teacher.imported` and `tables` name them.
     """
     return _expand(campaign, decisions, data).runs
 
@@ -63,7 +65,7 @@ class _Expanded:
 
 def _expand(campaign: Campaign, decisions: dict, data: str) -> _Expanded:
     runs = Expansion(campaign, data)
-    arms = runs.ce() + runs.from_ngrams() + runs.teachers("probe", campaign.teacher.candidates)
+    arms = runs.ce() + runs.ce_screen() + runs.from_ngrams() + runs.teachers("probe", campaign.teacher.candidates)
     surviving = set(decisions.get("projected", {}).get("survivors", ()))
     arms += runs.teachers("teacher", [c for c in campaign.teacher.candidates if c.name in surviving])
     teacher = decisions.get("selected", {}).get("run_id")
@@ -72,8 +74,8 @@ def _expand(campaign: Campaign, decisions: dict, data: str) -> _Expanded:
     arms += runs.isolates(teacher) + runs.screen(teacher)
     promoted = set(decisions.get("promoted", {}).get("points", ()))
     if promoted.intersection(point.name for point in grid_points(campaign.kd.grid)):
-        arms += runs.promoted(teacher, promoted) + runs.smoothed()
-        arms += runs.extended(decisions["selected"])
+        arms += runs.promoted(teacher, promoted) + runs.tuned(decisions["promoted"].get("ce_point")) + runs.smoothed()
+        arms += runs.extended(decisions["selected"]) + runs.grown(teacher)
     return _Expanded(arms, runs.caches)
 
 
@@ -96,20 +98,45 @@ class Point:
 
     @property
     def name(self) -> str:
-        boost = self.lr_boost
-        tail = "" if boost is None else f"-boost{boost.mult:g}-hold{boost.hold_frac:g}-drop{boost.drop_frac:g}"
-        return f"T{self.temperature:g}{tail}"
+        return f"T{self.temperature:g}{_named(self.lr_boost)}"
 
 
 def grid_points(grid: GridSection) -> list[Point]:
-    points = []
-    for temperature, mult, hold, drop in itertools.product(
-        grid.temperature, grid.lr_boost, grid.hold_frac, grid.drop_frac
-    ):
-        point = Point(temperature, None if mult == 1.0 else BoostConfig(mult, hold, drop))
-        if point not in points:
-            points.append(point)
-    return points
+    return list(dict.fromkeys(Point(*pair) for pair in itertools.product(grid.temperature, _boosts(grid))))
+
+
+@dataclass(frozen=True)
+class CEPoint:
+    """One point of the CE grid."""
+
+    lr_mult: float  # of all learning rates, throughout
+    lr_boost: BoostConfig | None
+
+    @property
+    def name(self) -> str:
+        return f"LR{self.lr_mult:g}{_named(self.lr_boost)}"
+
+    @property
+    def is_ce(self) -> bool:
+        """Whether this is the CE arm itself."""
+        return self.lr_mult == 1.0 and self.lr_boost is None
+
+    def scaled(self, optim: OptimConfig) -> OptimConfig:
+        muon, adam = (dataclasses.replace(part, lr=self.lr_mult * part.lr) for part in (optim.muon, optim.adam))
+        return dataclasses.replace(optim, muon=muon, adam=adam)
+
+
+def ce_points(grid: CEGridSection) -> list[CEPoint]:
+    return list(dict.fromkeys(CEPoint(*pair) for pair in itertools.product(grid.lr_mult, _boosts(grid))))
+
+
+def _boosts(grid: GridSection | CEGridSection) -> list[BoostConfig | None]:
+    shapes = itertools.product(grid.lr_boost, grid.hold_frac, grid.drop_frac)
+    return [None if mult == 1.0 else BoostConfig(mult, hold, drop) for mult, hold, drop in shapes]
+
+
+def _named(boost: BoostConfig | None) -> str:
+    return "" if boost is None else f"-boost{boost.mult:g}-hold{boost.hold_frac:g}-drop{boost.drop_frac:g}"
 
 
 def _from_start(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
@@ -155,7 +182,7 @@ class Expansion:
 
     def run(
         self, arm, label, *, horizon, seed, model=None, stop_step=None, boost=None, kd=None, cached=False,
-        label_smoothing=0.0,
+        optim=None, lr_policy=None, grown_from=None, label_smoothing=0.0,
     ) -> Run:  # fmt: skip
         campaign, train = self.campaign, self.campaign.train
         schedule = ScheduleConfig(
@@ -180,12 +207,15 @@ class Expansion:
             kd = self.from_cache(kd, schedule, seed)
         config = RunConfig(
             model=model or self.student(),
-            optim=campaign.optim,
+            optim=optim or campaign.optim,
             schedule=schedule,
             attention=campaign.attention,
             kd=kd,
+            lr_policy=lr_policy,
+            grown_from=grown_from,
             label_smoothing=label_smoothing,
             seed=seed,
+            anchor_steps=campaign.anchor.steps if campaign.budget.clock == "measured" else 0,
             **self.shared(),
         )
         return Run(arm, label, config)
@@ -236,6 +266,24 @@ class Expansion:
         train = self.campaign.train
         pairs = [*itertools.product(train.horizons, train.seeds), (self.first, self.campaign.kd.screen_seed)]
         return [self.run("ce", f"CE {horizon}", horizon=horizon, seed=seed) for horizon, seed in pairs]
+
+    def ce_screen(self) -> list[Run]:
+        """What KD's screen is to KD."""
+        options = {"horizon": self.first, "seed": self.campaign.kd.screen_seed}
+        optim = self.campaign.optim
+        return [
+            self.run("ce_screen", p.name, optim=p.scaled(optim), boost=p.lr_boost, **options)
+            for p in ce_points(self.campaign.controls.ce_grid)
+        ]
+
+    def tuned(self, name: str | None) -> list[Run]:
+        """CE at the point of its grid that its screen ranked first; nothing if that is the CE arm itself."""
+        found = [p for p in ce_points(self.campaign.controls.ce_grid) if p.name == name and not p.is_ce]
+        return [
+            self.run("control_tuned", p.name, horizon=self.last, seed=seed, optim=p.scaled(self.campaign.optim),
+                     boost=p.lr_boost)
+            for p, seed in itertools.product(found, self.campaign.train.seeds)
+        ]  # fmt: skip
 
     def tables(self) -> list[Run]:
         section, train = self.campaign.kd.ngram, self.campaign.train
@@ -292,7 +340,7 @@ class Expansion:
 
     def promoted(self, teacher: str, names: set[str]) -> list[Run]:
         seeds, controls = self.campaign.train.seeds, self.campaign.controls
-        kd, boosted, random = [], [], []
+        kd, policies, random = [], [], []
         for p in grid_points(self.campaign.kd.grid):
             if p.name not in names:
                 continue
@@ -301,15 +349,24 @@ class Expansion:
                 self.run("kd", p.name, horizon=horizon, seed=s, boost=p.lr_boost, kd=config, cached=True)
                 for horizon, s in itertools.product(reversed(self.campaign.train.horizons), seeds)
             ]
-            if p.lr_boost is not None and controls.lr_policy:
-                boosted += [
-                    self.run("control_boost", p.name, horizon=self.last, seed=s, boost=p.lr_boost) for s in seeds
+            if controls.lr_policy and (p.lr_boost is not None or config.post_stop_lr != 1.0):
+                policies += [
+                    self.with_policy(run)
+                    for run in kd
+                    if (run.label, run.config.schedule.horizon) == (p.name, self.last)
                 ]
             if controls.random_teacher:
                 where = {"horizon": self.first, "seed": self.campaign.kd.screen_seed, "boost": p.lr_boost}
                 config = self.kd(teacher, p.temperature, random_teacher=True)
                 random.append(self.run("control_random", p.name, kd=config, **where))
-        return kd + boosted + random
+        return kd + policies + random
+
+    def with_policy(self, taught: Run) -> Run:
+        """CE with the whole LR policy of a KD run: its boost, and its tail from where KD stopped there."""
+        schedule, kd = taught.config.schedule, taught.config.kd
+        policy = PolicyConfig(taught.run_id, kd.post_stop_lr, kd.post_stop_blend_steps)
+        where = {"horizon": schedule.horizon, "seed": taught.config.seed}
+        return self.run("control_boost", taught.label, boost=schedule.lr_boost, lr_policy=policy, **where)
 
     def smoothed(self) -> list[Run]:
         weight = self.campaign.controls.label_smoothing
@@ -318,6 +375,13 @@ class Expansion:
             for seed in self.campaign.train.seeds
         ]
         return runs if weight else []
+
+    def grown(self, teacher: str) -> list[Run]:
+        """CE whose student starts with the teacher's weights: a competitor of KD."""
+        if not self.campaign.controls.growth:
+            return []
+        options = {"horizon": self.last, "grown_from": teacher}
+        return [self.run("control_growth", "grown", seed=seed, **options) for seed in self.campaign.train.seeds]
 
     def extended(self, selected: dict) -> list[Run]:
         """CE whose horizon is longer by as many steps as CE makes in the time that the teacher took."""

@@ -19,7 +19,7 @@ from kdclimb.analysis.selection import PROBE_COLUMNS
 from kdclimb.analysis.tables import AnalysisError, RunFolder, read_csv, show_ms
 from kdclimb.campaign import check_tokens, data_id, read_decisions, token_needs, token_supply
 from kdclimb.config import RunConfig
-from kdclimb.expansion import Run, expand, grid_points
+from kdclimb.expansion import Run, ce_points, expand, grid_points
 from kdclimb.provenance import device_kind
 from kdclimb.schedule import total_tokens
 from kdclimb.sections import Campaign
@@ -28,8 +28,16 @@ HEADER = ("stage", "steps", "runs", "finished", "tokens a run", "tokens", "time"
 FINISHED, PROBE, CE_SPEED = "finished runs", "probes", "CE speed"
 SAME_SPEED = ("model", "device", "clock", "modelled_tflops")  # of a run's config
 HOUR_MS = 3_600_000
+CONTROL_NAMES = {
+    "control_boost": "KD's LR without KD",
+    "control_random": "random teacher",
+    "control_tuned": "CE at its best point",
+    "control_smooth": "label smoothing",
+    "control_extra": "extra steps",
+    "control_growth": "grown from the teacher",
+}
 CLUSTER_HEADER = ("stage", "runs", "jobs", "device hours", "wall hours")
-STAGES = (("ce", "probe"), ("teacher",), ("isolate", "screen"), ("kd", "control_boost", "control_random"))
+STAGES = (("ce", "ce_screen", "probe"), ("teacher",), ("isolate", "screen"), ("kd", *CONTROL_NAMES))
 
 
 @dataclass(frozen=True)
@@ -185,16 +193,14 @@ def _largest(campaign: Campaign, taken: dict, data: str) -> dict:
     # A teacher takes its whole budget at most, and CE no more steps than that is worth.
     whole = {"train_time_ms": campaign.budget.fraction, "budget_ms": campaign.budget.fraction}
     decisions = {"selected": {"run_id": teachers[0] if teachers else None} | whole} | decisions
-    return {"promoted": {"points": _costliest_points(campaign)}} | decisions
+    tuned = next((p.name for p in ce_points(campaign.controls.ce_grid) if not p.is_ce), None)
+    return {"promoted": {"points": _costliest_points(campaign), "ce_point": tuned}} | decisions
 
 
 def _costliest_points(campaign: Campaign) -> list[str]:
-    """As many points as may be promoted, those first that bring a control of their own: equal boosts share one."""
-    first, rest, seen = [], [], {None}
-    for point in grid_points(campaign.kd.grid):
-        (rest if point.lr_boost in seen else first).append(point.name)
-        seen.add(point.lr_boost)
-    return (first + rest)[: campaign.kd.promote]
+    """As many points as may be promoted, those first that boost the LR: they always have a control of it."""
+    points = sorted(grid_points(campaign.kd.grid), key=lambda point: point.lr_boost is None)
+    return [point.name for point in points[: campaign.kd.promote]]
 
 
 def _kd_may_follow(largest: dict) -> bool:
@@ -214,13 +220,7 @@ def _undecided(campaign: Campaign, planned: Planned) -> str:
         screen = f"{count['screen']} grid points, " if "screen" in count else ""
         after = "the selection" if screen else "the screening"
         horizons, seeds = len(campaign.train.horizons), len(campaign.train.seeds)
-        names = {
-            "control_boost": "boost without KD",
-            "control_random": "random teacher",
-            "control_smooth": "label smoothing",
-            "control_extra": "extra steps",
-        }
-        controls = ", ".join(f"{count[arm]} {name}" for arm, name in names.items() if arm in count)
+        controls = ", ".join(f"{count[arm]} {name}" for arm, name in CONTROL_NAMES.items() if arm in count)
         parts.append(
             f"KD, after {after}: at most {screen}{count['kd'] // (horizons * seeds)} promoted x {horizons} horizons x "
             f"{seeds} seeds = {count['kd']} full runs; controls: {controls or 'none'}"

@@ -5,6 +5,7 @@ PYTHONPATH=. python workflow/scripts/train.py --config results/runs/<id>/config.
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from kdclimb.anchor import anchor_ms
 from kdclimb.artifacts import DeviceLease, RunFolder, write_json, write_tables
 from kdclimb.attention import choose_backend
 from kdclimb.config import ConfigError, RunConfig, short_hash
@@ -58,6 +60,7 @@ def run(
     any_code: bool,
     last_attempt: bool,
     cache: Path | None = None,
+    policy: Path | None = None,
     give_up: bool = False,
 ) -> int:
     """Train `config` into the folder `out`; returns the exit code.
@@ -66,7 +69,8 @@ def run(
     status.json. 75: interrupted, start it again. 1: failed unexpectedly, and this was not the last attempt.
     Raises ConfigError or ValueError, and leaves no result, if config, data or teacher don't fit. A finished
     run with the same key (config, code, data, teacher, torch, threads) is brought back, not trained again;
-    `any_code` takes one of any code. `give_up` makes a result of tries that were killed without a word.
+    `any_code` takes one of any code. `policy` is summary.csv of the run that `lr_policy` names. `give_up` makes a
+    result of tries that were killed without a word.
     """
     if out.name != config.run_id:
         raise ConfigError(f"{out}: the folder of this config is called {config.run_id}")
@@ -79,11 +83,13 @@ def run(
     with folder.lock():
         _refuse_other_config(out, config)
         dataset = Dataset(manifest)
-        key = _key(config, dataset, teacher, threads)
+        stop = _kd_stop_step(config, policy)
+        key = _key(config, dataset, teacher, threads) | ({"kd_stop_step": stop} if config.lr_policy else {})
         if folder.restore_complete(key, any_code=any_code):
             print(f"{config.run_id}: already complete; its artifacts are back", file=sys.stderr)
             return 0
-        return _Attempt(config, folder, dataset, teacher, cache, key, threads).go(last_attempt, give_up)
+        inputs = {"teacher_folder": teacher, "cache": cache, "kd_stop_step": stop}
+        return _Attempt(config, folder, dataset, inputs, policy, key, threads).go(last_attempt, give_up)
 
 
 def _refuse_other_config(out: Path, config: RunConfig) -> None:
@@ -91,6 +97,19 @@ def _refuse_other_config(out: Path, config: RunConfig) -> None:
     if path.is_file() and json.loads(path.read_text()) != json.loads(config.canonical()):
         raise ConfigError(f"{path}: holds another config than the one asked for; move {out} away")
     write_json(path, config.to_dict())
+
+
+def _kd_stop_step(config: RunConfig, policy: Path | None) -> int | None:
+    """Where KD stopped in the run whose LR policy is followed; None if it did not, or if none is followed."""
+    if config.lr_policy is None:
+        return None
+    if policy is None:
+        raise ValueError(f"lr_policy: run {config.lr_policy.run} is named, but no --policy file is given")
+    with policy.open(newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    if row["run_id"] != config.lr_policy.run:
+        raise ValueError(f"{policy}: of run {row['run_id']}, not of {config.lr_policy.run}, which lr_policy names")
+    return int(row["kd_stop_step"]) if row["kd_stop_step"] else None
 
 
 def _key(config: RunConfig, dataset: Dataset, teacher: Path | None, threads: int) -> dict:
@@ -109,9 +128,11 @@ def _key(config: RunConfig, dataset: Dataset, teacher: Path | None, threads: int
 class _Attempt:
     """One try at a run: trains, and writes down whatever comes of it."""
 
-    def __init__(self, config, folder: RunFolder, dataset, teacher, cache, key, threads):
-        self.config, self.folder, self.dataset, self.teacher, self.cache = config, folder, dataset, teacher, cache
+    def __init__(self, config, folder: RunFolder, dataset, inputs: dict, policy, key, threads):
+        """`inputs` go to the trainer; `policy` is the file that its KD stop step was read from."""
+        self.config, self.folder, self.dataset, self.inputs, self.policy = config, folder, dataset, inputs, policy
         self.key, self.threads = key, threads
+        self.anchor: list[float] = []  # ms of a step before and after
         self.backend = choose_backend(config.attention, config.device)
         self.started = datetime.now(UTC)
         self.trainer: Trainer | None = None
@@ -155,7 +176,7 @@ class _Attempt:
 
     def _train(self, stop: _StopRequests, progress: Progress) -> tuple[str, str | None]:
         try:
-            self.trainer = trainer = Trainer(self.config, self.dataset, self.teacher, self.backend, self.cache)
+            self.trainer = trainer = Trainer(self.config, self.dataset, backend=self.backend, **self.inputs)
         except Exception as error:
             if not _is_oom(error):
                 raise  # data or teacher don't fit: no result of this run
@@ -166,9 +187,11 @@ class _Attempt:
             if trainer.load_state(self.folder.resume_file, self.key):
                 progress.report(f"resumed at step {trainer.step}")
                 progress.update(trainer.step)
+            self._measure_anchor()
             if self.config.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             trainer.train(lambda: trainer.save_state(self.folder.resume_file, self.key), stop.asked, progress)
+            self._measure_anchor()
         except Interrupted:
             return "interrupted", f"at step {trainer.step}; start it again to go on"
         except Diverged as error:
@@ -181,6 +204,10 @@ class _Attempt:
         if trainer.recompiles:
             return "failed", f"torch.compile made {trainer.recompiles} graphs inside the clock; its times are void"
         return "ok", None
+
+    def _measure_anchor(self) -> None:
+        if self.config.anchor_steps:
+            self.anchor.append(anchor_ms(self.config.device, self.config.anchor_steps))
 
     def _write(self, status: str, reason: str | None, attempts: int, shared: bool) -> None:
         """All artifacts; status.json last."""
@@ -245,17 +272,18 @@ class _Attempt:
             "kd_cache_ms": trainer.cache.cost_ms if trainer.cache else None,
             "broken": trainer.broken,
         }
+        row |= dict(zip(("anchor_before_ms", "anchor_after_ms"), self.anchor, strict=False))
         if trainer.vals:
             row |= {"best_val": min(v["val_loss"] for v in trainer.vals), "final_val": trainer.vals[-1]["val_loss"]}
         return row | _step_times(trainer) | _memory(config.device)
 
     def _command(self) -> str:
         out = self.folder.path
-        teacher = f" --teacher {self.teacher}" if self.teacher else ""
-        teacher += f" --cache {self.cache}" if self.cache else ""
+        given = {"teacher": self.inputs["teacher_folder"], "cache": self.inputs["cache"], "policy": self.policy}
+        flags = "".join(f" --{name} {path}" for name, path in given.items() if path)
         return (
             f"PYTHONPATH=. python {ENTRY} --config {out}/config.json --out {out} "
-            f"--manifest {self.dataset.folder}/manifest.json{teacher} --threads {self.threads}"
+            f"--manifest {self.dataset.folder}/manifest.json{flags} --threads {self.threads}"
         )
 
 

@@ -6,7 +6,7 @@ low tail down to the end of the horizon. Steps count from 0 here.
 
 from __future__ import annotations
 
-from kdclimb.config import KDConfig, MuonConfig, ScheduleConfig
+from kdclimb.config import KDConfig, MuonConfig, PolicyConfig, ScheduleConfig
 
 
 def stage(schedule: ScheduleConfig, step: int) -> int:
@@ -105,10 +105,10 @@ def boost(schedule: ScheduleConfig, step: int) -> float:
     return 1.0
 
 
-def lr_mult(schedule: ScheduleConfig, kd: KDConfig | None, step: int, kd_stop_step: int | None) -> float:
+def lr_mult(schedule: ScheduleConfig, kd: KDConfig | PolicyConfig | None, step: int, kd_stop_step: int | None) -> float:
     """The LR multiplier of `step`. `kd_stop_step`: the step after which KD stopped, None while it is active.
 
-    Without KD the boost runs by its fractions alone: that is the "same boost, no KD" control.
+    Without KD the boost runs by its fractions alone, or with a KD run's policy as in that run.
     """
     mult = base_lr(schedule, step)
     if kd is None or kd_stop_step is None:

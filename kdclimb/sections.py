@@ -194,11 +194,27 @@ class KDSection:
 
 
 @dataclass(frozen=True)
+class CEGridSection:
+    lr_mult: tuple[float, ...]
+    lr_boost: tuple[float, ...]
+    hold_frac: tuple[float, ...]
+    drop_frac: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class ControlsSection:
+    ce_grid: CEGridSection
     lr_policy: bool
+    growth: bool
     label_smoothing: float
     extra_steps: bool
     random_teacher: bool
+
+
+@dataclass(frozen=True)
+class AnchorSection:
+    steps: int
+    max_drift: float
 
 
 @dataclass(frozen=True)
@@ -230,6 +246,7 @@ class Campaign:
     teacher: TeacherSection
     kd: KDSection
     controls: ControlsSection
+    anchor: AnchorSection
     verdict: VerdictSection
 
     @property

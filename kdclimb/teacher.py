@@ -126,6 +126,24 @@ def build_frozen(description: dict, *, device: str, **model_options) -> GPT:
     return model.requires_grad_(False)
 
 
+def grow(model: GPT, folder: Path) -> None:
+    """Start `model` with the weights of the checkpoint in `folder`; its further layers add nothing at first.
+
+    Of the layers, those that both have, from the first on; of the rest, what has the same name and shape. Raises
+    ValueError where nothing would be left of the teacher: its embedding or its layers don't fit.
+    """
+    tensors, own = load_file(folder / "model.safetensors", device=model.embed.device.type), model.state_dict()
+    fits = {name: t for name, t in tensors.items() if name in own and own[name].shape == t.shape}
+    if "embed" not in fits or any(name.startswith("blocks.") for name in tensors.keys() - fits.keys()):
+        raise ValueError(f"controls.growth: the student can't start from {folder}, whose shape it does not contain")
+    with torch.no_grad():
+        for name, tensor in fits.items():
+            own[name].copy_(tensor)
+        for i, block in enumerate(model.blocks):
+            if block.attends and f"blocks.{i}.o" not in fits:
+                block.o.zero_()  # as the MLP's output is
+
+
 def random_teacher(
     folder: Path, seed: int, val_batches: list[Batch], *, matrix_dtype: str = "same", **model_options
 ) -> tuple[GPT, float]:

@@ -30,7 +30,7 @@ from kdclimb.kernels import DenseTeacher, DistillLoss, distill_loss
 from kdclimb.model import GPT
 from kdclimb.ngram import NgramTable
 from kdclimb.optim import Optimizers
-from kdclimb.teacher import checkpoint_facts, load_teacher, random_teacher, read_description
+from kdclimb.teacher import checkpoint_facts, grow, load_teacher, random_teacher, read_description
 
 WARMUP_STEPS = 2
 CHECKPOINT_PAUSE = 10.0  # checkpoints lie so many times as far apart as one takes: seconds for a large model
@@ -83,8 +83,15 @@ class Trainer:
     """State and steps of one run. `train()` goes from wherever the state stands to the end."""
 
     def __init__(
-        self, config: RunConfig, dataset: Dataset, teacher_folder: Path | None, backend: str, cache: Path | None = None
+        self,
+        config: RunConfig,
+        dataset: Dataset,
+        teacher_folder: Path | None,
+        backend: str,
+        cache: Path | None = None,
+        kd_stop_step: int | None = None,
     ):
+        """`kd_stop_step` is that of the KD run whose LR policy is followed (`lr_policy`); None if KD never stopped."""
         self.config, self.dataset = config, dataset
         self.backend, self.device = backend, config.device
         on_gpu = config.device == "cuda"
@@ -95,7 +102,7 @@ class Trainer:
         self.val_batches = dataset.val_batches(config.validation.tokens, sched.micro_batch_tokens, cut, self.device)
         self.region = lambda name: nullcontext()  # around the parts of a step; `profile.py` times them
         self.kernel: str | None = None  # the loss's implementation, known once it ran
-        self.teacher_folder = teacher_folder
+        self.teacher_folder, self.kd_stop_step = teacher_folder, kd_stop_step
         self.teacher = None if config.kd is None else self._load_teacher()
         self.cache = None if config.kd is None else self._open_cache(cache)
         self.reset()
@@ -124,6 +131,8 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         with torch.device(self.device):  # never whole on the host: a model too large for it must fail as `oom` too
             self.model = GPT(self.config.model, **self.options)
+        if self.config.grown_from is not None:
+            grow(self.model, self.teacher_folder)
         self.optimizers = Optimizers(self.model, self.config.optim, compiled=self.options["compiled"])
         self.stream = self.dataset.train_stream(self.config.seed, self.config.schedule.max_doc_tokens)
         self.kd = None
@@ -208,8 +217,7 @@ class Trainer:
                 (loss.total / num_micro).backward()
             losses.append(loss)
         self.kernel = losses[0].implementation
-        stop_step = self.kd.stop_step if self.kd else None
-        mult = schedule.lr_mult(sched, self.config.kd, self.step, stop_step)
+        mult = schedule.lr_mult(sched, self.config.kd or self.config.lr_policy, self.step, self._stopped())
         with self.region("optimiser"):
             grad_norm = self.optimizers.grad_norm()
             self.optimizers.step(
@@ -234,6 +242,12 @@ class Trainer:
                 if not math.isnan(measured["kd_share"]):  # not asked for, or 0 / 0 while the head is at zero
                     row["kd_share"] = measured["kd_share"]
         return row
+
+    def _stopped(self) -> int | None:
+        """The step after which KD stopped, here or in the run whose LR policy is followed; None if it has not yet."""
+        if self.kd:
+            return self.kd.stop_step
+        return None if self.kd_stop_step is None or self.step < self.kd_stop_step else self.kd_stop_step
 
     def _uniform(self, hidden: torch.Tensor) -> tuple[DenseTeacher | None, dict]:
         """Label smoothing as KD from a uniform teacher, whose KL has the same gradient: all its logits are 0."""

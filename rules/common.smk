@@ -184,16 +184,30 @@ if Path(DATA, "manifest.json").is_file():  # without data nothing can be importe
     imported_runs(["imported"])  # here, since Snakemake drops an input function's error if the rule's output is there
 
 
-def summaries(*arms, after=()):
-    """Input function: the results of all runs of these arms, known once the checkpoints in `after` have decided.
+DECIDING = ("filter_projected", "filter_measured", "teacher_select", "kd_promote")  # the checkpoints, in their order
 
-    Their decisions are inputs too: without, Snakemake would not ask again which runs they are where a decision that is
+
+def decided_by(last):
+    """The decision file of a checkpoint, once it and all before it have decided.
+
+    Each is asked for in turn. Snakemake asks an input function again when the checkpoint that it waits for has run; one
+    that drops out of the plan instead, since those before it decided as they had, is found only from the one before.
+    """
+    for name in DECIDING[: DECIDING.index(last) + 1]:
+        decision = getattr(checkpoints, name).get().output[0]
+    return decision
+
+
+def summaries(*arms, after=None):
+    """Input function: the results of all runs of these arms, known once the checkpoint `after` has decided.
+
+    Its decision is an input too: without, Snakemake would not ask again which runs they are where a decision that is
     there already is taken anew.
     """
 
     def function(wildcards):
         ids = imported_runs(arms)  # first, so that a mistake stops everything before anything is trained
-        decided = [getattr(checkpoints, name).get().output[0] for name in after]
+        decided = [decided_by(after)] if after else []
         batched = [arm for arm in arms if arm == "screen" and CAMPAIGN.cluster.points_per_job > 1]
         ids = [*(run.run_id for run in runs(*arms) if run.arm not in batched), *ids, *logged_runs(arms)]
         done = [f"{RESULTS}/kd/batches/{batch}.csv" for batch in expand_runs()[2]] if batched else []
@@ -221,7 +235,8 @@ def code(rule):
 
 
 def teacher_checkpoints(*configs):
-    return sorted({f"results/runs/{config.kd.teacher}/checkpoints" for config in configs if config.kd is not None})
+    ids = {config.grown_from if config.kd is None else config.kd.teacher for config in configs} - {None}
+    return [f"results/runs/{run_id}/checkpoints" for run_id in sorted(ids)]
 
 
 def target_cache(config):
@@ -230,9 +245,13 @@ def target_cache(config):
 
 def of_isolates(wildcards):
     """The teacher and the caches that the isolates need, known once a teacher is selected."""
-    checkpoints.teacher_select.get()
+    decided_by("teacher_select")
     configs = [run.config for run in runs("isolate")]
     return teacher_checkpoints(*configs) + sorted({target_cache(config) for config in configs if target_cache(config)})
+
+
+def policy_run(config):
+    return [] if config.lr_policy is None else f"results/runs/{config.lr_policy.run}/summary.csv"
 
 
 def train_code(run_id):

@@ -1,6 +1,7 @@
 # All runs -> tidy tables, the verdict, the ledger.
 ALL_ARMS = (
     "ce",
+    "ce_screen",
     "probe",
     "teacher",
     "imported",
@@ -11,8 +12,10 @@ ALL_ARMS = (
     "kd",
     "control_boost",
     "control_random",
+    "control_tuned",
     "control_smooth",
     "control_extra",
+    "control_growth",
     "log",
 )
 
@@ -24,7 +27,7 @@ localrules:
 
 rule compare:
     input:
-        runs=summaries(*ALL_ARMS, after=["kd_promote"]),
+        runs=summaries(*ALL_ARMS, after="kd_promote"),
         budget=f"{RESULTS}/budget.json",
         probe=f"{RESULTS}/teacher/probe.csv",
         projected=f"{RESULTS}/teacher/projected.json",
@@ -33,6 +36,7 @@ rule compare:
         selected=f"{RESULTS}/teacher/selected.json",
         target=f"{RESULTS}/target.json",
         screen=f"{RESULTS}/kd/screen.csv",
+        ce_screen=f"{RESULTS}/ce/screen.csv",
         promoted=f"{RESULTS}/kd/promoted.json",
     output:
         curves=f"{RESULTS}/tables/curves.csv",
@@ -52,6 +56,7 @@ rule compare:
         trend=f"{RESULTS}/tables/steps_saved_trend.csv",
         break_even=f"{RESULTS}/tables/break_even.csv",
         stop=f"{RESULTS}/tables/stop_conditions.csv",
+        tuning=f"{RESULTS}/tables/tuning.csv",
         summary=f"{RESULTS}/tables/teacher_budget10_summary.csv",
         verdict=report(
             f"{RESULTS}/verdict.json",
@@ -64,23 +69,23 @@ rule compare:
         "../envs/kdclimb.yaml"
     params:
         runs=run_flags(*ALL_ARMS),
-        rules=shlex.quote(json.dumps(dataclasses.asdict(CAMPAIGN.verdict))),
+        rules=shlex.quote(json.dumps(dataclasses.asdict(CAMPAIGN.verdict) | {"max_drift": CAMPAIGN.anchor.max_drift})),
         clock=CAMPAIGN.budget.clock,
         exploratory="--exploratory" if CAMPAIGN.exploratory else "",
         code=code("compare"),
     shell:
         "python workflow/scripts/compare.py {params.runs} --budget {input.budget} --probe {input.probe} --projected {input.projected}"
         " --trained {input.trained} --measured {input.measured} --selected {input.selected}"
-        " --target {input.target} --screen {input.screen} --promoted {input.promoted} --clock {params.clock} {params.exploratory}"
+        " --target {input.target} --screen {input.screen} --ce-screen {input.ce_screen} --promoted {input.promoted} --clock {params.clock} {params.exploratory}"
         " --rules {params.rules} --out-reached {output.reached} --out-tests {output.tests} --out-trend {output.trend}"
-        " --out-break-even {output.break_even} --out-stop {output.stop} --out-summary {output.summary}"
+        " --out-break-even {output.break_even} --out-stop {output.stop} --out-tuning {output.tuning} --out-summary {output.summary}"
         " --out-curves {output.curves} --out-runs {output.runs} --out-compare {output.compare}"
         " --out-teachers {output.teachers} --out-verdict {output.verdict} > {log} 2>&1"
 
 
 rule ledger:
     input:
-        runs=summaries(*ALL_ARMS, after=["kd_promote"]),
+        runs=summaries(*ALL_ARMS, after="kd_promote"),
         target=f"{RESULTS}/target.json",
     output:
         report(

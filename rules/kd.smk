@@ -2,6 +2,7 @@
 localrules:
     kd_isolates,
     kd_screen,
+    ce_screen,
     kd_promote,
     kd_full,
     controls,
@@ -67,7 +68,7 @@ rule kd_cache:
 # What KD costs a step: CE alone, with the teacher's forward pass, with the KD loss.
 rule kd_isolates:
     input:
-        summaries("isolate", after=["teacher_select"]),
+        summaries("isolate", after="teacher_select"),
     output:
         f"{RESULTS}/kd/isolates.csv",
     log:
@@ -112,7 +113,7 @@ rule kd_profile:
 
 rule kd_screen:
     input:
-        runs=summaries("screen", after=["teacher_select"]),
+        runs=summaries("screen", after="teacher_select"),
         target=f"{RESULTS}/target.json",
     output:
         f"{RESULTS}/kd/screen.csv",
@@ -127,10 +128,29 @@ rule kd_screen:
         "python workflow/scripts/kd_screen.py {params.runs} --target {input.target} --out {output} > {log} 2>&1"
 
 
-# Which points of the grid go on to the last horizon.
+# CE is screened as KD is, for as many points.
+rule ce_screen:
+    input:
+        runs=summaries("ce_screen"),
+        target=f"{RESULTS}/target.json",
+    output:
+        f"{RESULTS}/ce/screen.csv",
+    log:
+        f"{RESULTS}/logs/ce_screen.log",
+    conda:
+        "../envs/kdclimb.yaml"
+    params:
+        runs=run_flags("ce_screen"),
+        code=code("kd_screen"),
+    shell:
+        "python workflow/scripts/kd_screen.py {params.runs} --target {input.target} --out {output} > {log} 2>&1"
+
+
+# Which points of the grid go on to all horizons, and with them the best one of CE's.
 checkpoint kd_promote:
     input:
-        f"{RESULTS}/kd/screen.csv",
+        screen=f"{RESULTS}/kd/screen.csv",
+        ce_screen=f"{RESULTS}/ce/screen.csv",
     output:
         f"{RESULTS}/kd/promoted.json",
     log:
@@ -141,12 +161,12 @@ checkpoint kd_promote:
         promote=CAMPAIGN.kd.promote,
         code=code("kd_promote"),
     shell:
-        "python workflow/scripts/kd_promote.py --screen {input} --promote {params.promote} --out {output} > {log} 2>&1"
+        "python workflow/scripts/kd_promote.py --screen {input.screen} --ce-screen {input.ce_screen} --promote {params.promote} --out {output} > {log} 2>&1"
 
 
 rule kd_full:
     input:
-        runs=summaries("kd", after=["kd_promote"]),
+        runs=summaries("kd", after="kd_promote"),
         target=f"{RESULTS}/target.json",
     output:
         f"{RESULTS}/kd/full.csv",
@@ -161,12 +181,12 @@ rule kd_full:
         "python workflow/scripts/kd_full.py {params.runs} --target {input.target} --out {output} > {log} 2>&1"
 
 
-CONTROLS = ("control_boost", "control_random", "control_smooth", "control_extra")
+CONTROLS = ("control_boost", "control_random", "control_tuned", "control_smooth", "control_extra", "control_growth")
 
 
 rule controls:
     input:
-        runs=summaries(*CONTROLS, after=["kd_promote"]),
+        runs=summaries(*CONTROLS, after="kd_promote"),
         target=f"{RESULTS}/target.json",
     output:
         f"{RESULTS}/controls.csv",

@@ -12,6 +12,8 @@ rule report:
         teachers=f"{RESULTS}/tables/teachers.csv",
         timing=f"{RESULTS}/ce/timing.csv",
         screen=f"{RESULTS}/kd/screen.csv",
+        ce_screen=f"{RESULTS}/ce/screen.csv",
+        tuning=f"{RESULTS}/tables/tuning.csv",
         isolates=f"{RESULTS}/kd/isolates.csv",
         full=f"{RESULTS}/kd/full.csv",
         controls=f"{RESULTS}/controls.csv",
@@ -57,6 +59,7 @@ rule report:
     shell:
         "python workflow/scripts/report.py --curves {input.curves} --runs {input.runs} --compare {input.compare}"
         " --teachers {input.teachers} --timing {input.timing} --screen {input.screen}"
+        " --ce-screen {input.ce_screen} --tuning {input.tuning}"
         " --isolates {input.isolates} --full {input.full} --controls {input.controls}"
         " --reached {input.reached} --tests {input.tests} --trend {input.trend} --break-even {input.break_even}"
         " --stop {input.stop} --summary {input.summary}"

@@ -44,7 +44,7 @@ checkpoint filter_projected:
 
 rule teacher_train:
     input:
-        summaries("teacher", "imported", after=["filter_projected"]),
+        summaries("teacher", "imported", after="filter_projected"),
     output:
         f"{RESULTS}/teacher/trained.csv",
     log:

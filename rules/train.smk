@@ -7,6 +7,7 @@ rule train:
         manifest=f"{DATA}/manifest.json",
         teacher=lambda wildcards: teacher_checkpoints(asked_run(wildcards)),
         cache=lambda wildcards: target_cache(asked_run(wildcards)),
+        policy=lambda wildcards: policy_run(asked_run(wildcards)),
     output:
         config="results/runs/{run}/config.json",
         steps="results/runs/{run}/steps.csv",
@@ -37,11 +38,12 @@ rule train:
         config=lambda wildcards: shlex.quote(asked_run(wildcards).canonical()),
         teacher=lambda wildcards, input: (f"--teacher {input.teacher}" if input.teacher else ""),
         cache=lambda wildcards, input: f"--cache {input.cache}" if input.cache else "",
+        policy=lambda wildcards, input: f"--policy {input.policy}" if input.policy else "",
         code=lambda wildcards: train_code(wildcards.run),
     # exec: a signal to all processes of the job must find the trainer, and no shell that dies of it before.
     shell:
         "exec env {resources.compile_cache} python workflow/scripts/train.py --config {params.config}"
-        " --out $(dirname {output.status}) --manifest {input.manifest} {params.teacher} {params.cache}"
+        " --out $(dirname {output.status}) --manifest {input.manifest} {params.teacher} {params.cache} {params.policy}"
         " --threads {threads}"
         " --code {resources.code_policy} --attempt {resources.attempt} --attempts 2 {resources.mirror}"
 

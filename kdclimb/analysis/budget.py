@@ -7,6 +7,7 @@ than the budget's, is refused.
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from pathlib import Path
 
@@ -30,11 +31,13 @@ ISOLATE_COLUMNS = (
     "reason",
     "step_ms_median",
     "ratio_to_ce",
+    "anchor_ms",
     "clock",
     "device",
     "threads",
     "shared_device",
 )
+MIN_STEPS = 10  # of one kind, below which their mean says nothing
 TIMED_ON = ("device", "threads", "clock")
 
 
@@ -128,10 +131,55 @@ def refuse_timing(row: dict, reference: dict) -> str:
     """
     if is_shared(row):
         return "timing refused: the run shared its device; train it again alone"
+    if row.get("unsteady"):
+        return f"timing refused: {row['unsteady']}"
     if reference["clock"] == LOGGED:
         return ""
     differ = [f"{key} {row[key]} against {reference[key]}" for key in TIMED_ON if row[key] != reference[key]]
     return f"timing refused: {', '.join(differ)}" if differ else ""
+
+
+def anchor_of(row: dict) -> float | None:
+    """Milliseconds of the anchor's step, the mean of before and after; None where one is missing."""
+    both = row["anchor_before_ms"], row["anchor_after_ms"]
+    return None if None in both else statistics.fmean(both)
+
+
+def at_one_speed(runs: list[RunFolder], max_drift: float) -> list[RunFolder]:
+    """The same runs, their times as they would have been at one speed of the machine.
+
+    That speed is the median anchor of the CE runs at the longest horizon. A run without an anchor keeps its times, and
+    has none to compare where others have one; nor has one during which the machine changed by more than `max_drift`:
+    the anchor from before to after, or the mean of its steps of one kind from their median.
+    """
+    last = max((run.horizon for run in runs if run.arm == "ce"), default=0)
+    anchors = [anchor_of(run.summary) for run in runs if run.arm == "ce" and run.horizon == last]
+    known = [ms for ms in anchors if ms is not None]
+    return [_at_speed(run, statistics.median(known), max_drift) for run in runs] if known else runs
+
+
+def _at_speed(run: RunFolder, anchor: float, max_drift: float) -> RunFolder:
+    own = anchor_of(run.summary)
+    if own is None:  # failed, or from elsewhere
+        return dataclasses.replace(run, unsteady="no anchor beside the run" if run.ok and not run.imported else "")
+    before, after = run.summary["anchor_before_ms"], run.summary["anchor_after_ms"]
+    unsteady, stalled = "", _stalled(run)
+    if abs(after / before - 1) > max_drift:
+        unsteady = (
+            f"the machine's anchor went from {before:.3g} to {after:.3g} ms a step during the run; train it again"
+        )
+    elif stalled > 1 + max_drift:
+        unsteady = f"the run's steps took {stalled:.3g} times their median on average; train it again"
+    return dataclasses.replace(run, speed=anchor / own, unsteady=unsteady)
+
+
+def _stalled(run: RunFolder) -> float:
+    """Largest mean time of the steps of one kind (batch size, with KD or not), over their median; 1 for too few."""
+    kinds: dict[tuple, list[float]] = {}
+    for row, ms in zip(run.steps[-len(each := run.durations()) :], each, strict=True):
+        kinds.setdefault((row["batch_tokens"], row["kd_active"]), []).append(ms)
+    ratios = [statistics.fmean(each) / statistics.median(each) for each in kinds.values() if len(each) >= MIN_STEPS]
+    return max(ratios, default=1.0)
 
 
 def kd_isolates(runs: list[RunFolder], out: Path) -> None:
@@ -145,6 +193,9 @@ def kd_isolates(runs: list[RunFolder], out: Path) -> None:
         rows.append(row | {"step_ms_median": run.step_ms() if run.ok else None, "is_ce": run.config.kd is None})
     ce = next((row for row in rows if row["is_ce"] and row["step_ms_median"] and not is_shared(row)), None)
     for row in rows:
+        row["anchor_ms"] = anchor_of(row)
         fit = ce is not None and row["step_ms_median"] is not None and not refuse_timing(row, ce)
         row["ratio_to_ce"] = row["step_ms_median"] / ce["step_ms_median"] if fit else None
+        if fit and row["anchor_ms"] and ce["anchor_ms"]:  # at one speed of the machine
+            row["ratio_to_ce"] *= ce["anchor_ms"] / row["anchor_ms"]
     write_csv(out, ISOLATE_COLUMNS, rows)

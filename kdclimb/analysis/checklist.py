@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from kdclimb.analysis.selection import EARLY_COLUMNS
-from kdclimb.analysis.tables import show_ms, show_number
+from kdclimb.analysis.tables import RunFolder, show_ms, show_number
 
 CHECKS = ("check_budget", "check_falling", "check_no_oom", "check_artifacts")
 CHECK_COLUMNS = (*(column for check in CHECKS for column in (check, f"{check}_by")), "promoted", "projection_error")
@@ -84,18 +84,41 @@ def _told(pair: dict) -> str:
     return f"seed {pair['kd']['seed']}: KD {steps[0]}, CE {steps[1]}"
 
 
-def summary(teachers: list[dict], runs: list[dict], point: str | None) -> list[dict]:
-    """Rows of SUMMARY_COLUMNS: every teacher candidate, then every screened and promoted KD run of compare.csv."""
+def summary(
+    teachers: list[dict], counted: list[RunFolder], budget_ms: float, runs: list[dict], point: str | None
+) -> list[dict]:
+    """Rows of SUMMARY_COLUMNS: every teacher, counted ones too, then every screened and full KD run of compare.csv."""
     nothing = dict.fromkeys(SUMMARY_COLUMNS)
     rows = [
         nothing | {key: row[key] for key in SUMMARY_COLUMNS if key in row} | {"kind": "teacher"} for row in teachers
     ]
+    rows += [nothing | _counted(run, budget_ms) for run in counted]
+    kinds = {"screen": "kd_screen", "kd": "kd_full", "ngram": "kd_ngram"}
     for row in runs:
-        if row["arm"] in ("screen", "kd"):
-            verdict = "promoted" if row["label"] == point else "not promoted"
-            place = {"kind": "kd_screen" if row["arm"] == "screen" else "kd_full", "candidate": row["label"]}
+        if row["arm"] in kinds:
+            verdict = "beside the sweep" if row["arm"] == "ngram" else _promoted(row["label"] == point)
+            place = {"kind": kinds[row["arm"]], "candidate": row["label"]}
             kept = {
                 key: row[key] for key in ("run_id", "status", "steps_to_target", "final_val", "train_time_ms", "steps")
             }
             rows.append(nothing | kept | place | {"verdict": verdict, "reason": row["reason"] or row["miss_reason"]})
     return rows
+
+
+def _promoted(holds: bool) -> str:
+    return "promoted" if holds else "not promoted"
+
+
+def _counted(run: RunFolder, budget_ms: float) -> dict:
+    """An n-gram teacher: no candidate of the sweep, but held against the same budget."""
+    row = run.summary
+    within = run.ok and row["train_time_ms"] <= budget_ms
+    return {key: row[key] for key in ("train_time_ms", "final_val", "steps")} | {
+        "kind": "ngram_teacher",
+        "candidate": run.label,
+        "run_id": run.run_id,
+        "status": run.status,
+        "budget_ms": budget_ms,
+        "verdict": "within the budget" if within else "rejected",
+        "reason": run.reason or f"counting took {show_ms(row['train_time_ms'])} of {show_ms(budget_ms)}",
+    }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kdclimb.analysis.budget import read_budget, refuse_timing
+from kdclimb.analysis.budget import anchor_of, at_one_speed, read_budget, refuse_timing
 from kdclimb.analysis.checklist import CHECK_COLUMNS, STOP_COLUMNS, SUMMARY_COLUMNS, checks, stop_conditions, summary
 from kdclimb.analysis.paired import Rules
 from kdclimb.analysis.savings import BREAK_EVEN_COLUMNS, TREND_COLUMNS, break_even_rows, trend_rows
@@ -35,19 +35,23 @@ from kdclimb.analysis.targets import (
     read_target,
 )
 from kdclimb.analysis.tested import VERDICT_COLUMNS, verdict_rows
-from kdclimb.analysis.verdict import SAVINGS, doubts_of, no_teacher, pair_up, tuning, verdict
+from kdclimb.analysis.tuning import TUNING_COLUMNS, tuning, tuning_rows
+from kdclimb.analysis.verdict import SAVINGS, doubts_of, ngram_sentence, no_teacher, pair_up, verdict
 from kdclimb.artifacts import write_json
 from kdclimb.imported import LOGGED
 
 CURVE_COLUMNS = tuple(
     "arm label run_id seed horizon step tokens train_time_ms val_loss kd_active teacher_kl time_with_teacher_ms".split()
 )
-COMPARED_ARMS = tuple("ce kd ngram control_boost control_smooth control_extra screen control_random log".split())
-JUDGED_ARMS = tuple(arm for arm in COMPARED_ARMS if arm not in ("ngram", "screen", "control_random", "log"))
+COMPARED_ARMS = tuple(
+    "ce kd ngram control_boost control_tuned control_smooth control_extra control_growth "
+    "screen control_random log".split()
+)
+JUDGED_ARMS = tuple(arm for arm in COMPARED_ARMS if arm not in ("screen", "control_random", "log"))
 COMPARE_COLUMNS = tuple(
     "arm label run_id horizon seed status steps_to_target steps_to_target_interp tokens_to_target time_to_target_ms "
     "time_to_target_with_teacher_ms miss_reason final_val first_val steps_saved tokens_saved time_saved_ms "
-    "time_saved_with_teacher_ms final_val_delta first_val_delta time_note".split()
+    "time_saved_with_teacher_ms final_val_delta first_val_delta anchor_ms speed time_note".split()
 )
 TEACHER_COLUMNS = (
     *"candidate imported verdict reason projected_ms train_time_ms budget_ms final_val best_val params_stored".split(),
@@ -66,6 +70,7 @@ def compare(
     selected: Path,
     target: Path,
     screen: Path,
+    ce_screen: Path,
     promoted: Path,
     rules: dict,
     clock: str,
@@ -79,26 +84,31 @@ def compare(
     out_trend: Path,
     out_break_even: Path,
     out_stop: Path,
+    out_tuning: Path,
     out_summary: Path,
     out_verdict: Path,
 ) -> None:
     """Write the tables and the verdict of a campaign from all its runs and decisions.
 
-    `rules` is the config's section `verdict`, and is copied into the verdict.
+    `rules` is the config's section `verdict` with `anchor.max_drift`, and is copied into the verdict. All times but
+    those of runs.csv are at one speed of the machine, by the runs' anchors.
 
     Raises AnalysisError for a missing or malformed input, and where a run was made under another clock.
     """
     for run in runs:
         if run.config.clock != clock and not run.imported:
             raise AnalysisError(f"{run.folder / 'config.json'}: clock {run.config.clock}; the campaign's is {clock}")
+    write_csv(out_runs, RUN_COLUMNS, [run.row() for run in runs])
+    runs = at_one_speed(runs, rules["max_drift"])
     limit, teacher, goal = read_budget(budget), read_json(selected, SELECTED_KEYS), read_target(target)
-    teacher["counted_ms"] = {run.run_id: run.summary["train_time_ms"] for run in runs if run.arm == "ngram_teacher"}
+    counted = [run for run in runs if run.arm == "ngram_teacher"]
+    teacher["counted_ms"] = {run.run_id: run.summary["train_time_ms"] for run in counted}
+    teacher["speed"] = next((run.speed for run in runs if run.run_id == teacher["run_id"]), 1.0)
     logged = limit["clock"] == LOGGED
     limit["horizon"] = max(run.horizon for run in runs if run.arm == "ce")  # a log may have another
     points = read_json(promoted, ["points", "reason"])
     rows = compare_rows([run for run in runs if run.arm in COMPARED_ARMS], goal, teacher)
     write_csv(out_curves, CURVE_COLUMNS, [row for run in runs for row in _curve(run, teacher)])
-    write_csv(out_runs, RUN_COLUMNS, [run.row() for run in runs])
     write_csv(out_compare, COMPARE_COLUMNS, rows)
     candidates = read_csv(probe, PROBE_COLUMNS), read_csv(trained, TRAINED_COLUMNS)
     rejected = [read_json(path, ["rejected"])["rejected"] for path in (projected, measured)]
@@ -114,12 +124,15 @@ def compare(
     write_csv(out_break_even, BREAK_EVEN_COLUMNS, break_even)
     doubts = doubts_of(rows, runs, points["points"], clock, exploratory, bool(teacher["imported"]), logged)
     found = verdict(rows, tested, limit, teacher, goal, points, doubts)
-    found |= {"rules": rules, "tuning": tuning(read_csv(screen, SCREEN_COLUMNS), found["point"])}
+    screened = {"kd": read_csv(screen, SCREEN_COLUMNS), "ce": read_csv(ce_screen, SCREEN_COLUMNS)}
+    tuned = tuning_rows(screened, runs, found["point"], points.get("ce_point"))
+    write_csv(out_tuning, TUNING_COLUMNS, tuned)
+    found |= {"rules": rules, "tuning": tuning(tuned), "ngram": ngram_sentence(tested, counted, limit)}
     if teacher["run_id"] is None:
         found["sentence"] = no_teacher(teachers, limit)
     pairs = pair_up(rows, found["point"]) if found["point"] else []
     write_csv(out_stop, STOP_COLUMNS, stop_conditions(teachers, teacher, pairs, found))
-    write_csv(out_summary, SUMMARY_COLUMNS, summary(teachers, rows, found["point"]))
+    write_csv(out_summary, SUMMARY_COLUMNS, summary(teachers, counted, limit["budget_ms"], rows, found["point"]))
     write_json(out_verdict, found)
 
 
@@ -128,13 +141,14 @@ def teacher_cost_ms(run: RunFolder, teacher: dict) -> float:
     CE and for a random teacher.
     """
     kd = run.config.kd
+    own = teacher["train_time_ms"] * teacher.get("speed", 1.0) if teacher["run_id"] else 0.0
     if kd is None or kd.random_teacher:
-        return 0.0
+        return own if getattr(run.config, "grown_from", None) else 0.0
     if kd.teacher in teacher.get("counted_ms", {}):
         return teacher["counted_ms"][kd.teacher]
     if kd.teacher != teacher["run_id"]:
         raise AnalysisError(f"{run.folder / 'config.json'}: kd.teacher {kd.teacher} is not the selected teacher")
-    return teacher["train_time_ms"] + (run.summary["kd_cache_ms"] or 0.0)
+    return own + (run.summary["kd_cache_ms"] or 0.0)
 
 
 def reach(runs: list[RunFolder], goal: dict, teacher: dict, amortize: int) -> list[Reached]:
@@ -181,7 +195,7 @@ def _reached(run: RunFolder, target: dict, teacher: dict) -> dict:
     reached = crossing(run, target)
     with_teacher = None if reached.time_ms is None else reached.time_ms + teacher_cost_ms(run, teacher)
     columns = reached.columns() | {"time_to_target_with_teacher_ms": with_teacher, "first_val": first_val(run)}
-    return run.row() | columns
+    return run.row() | columns | {"anchor_ms": anchor_of(run.summary), "speed": run.speed}
 
 
 def _against(row: dict, ce: dict | None) -> dict:

@@ -34,10 +34,12 @@ ARM_STYLE = {  # arm: (name, colour, line style)
     "kd": ("KD", "kd", "-"),
     "screen": ("KD", "kd", "-"),
     "ngram": ("KD from n-grams", "kd", ":"),
-    "control_boost": ("CE, LR boost", "boost", "--"),
+    "control_boost": ("CE, KD's LR", "boost", "--"),
+    "control_tuned": ("CE, tuned", "ce", "--"),
     "control_random": ("KD, random teacher", "random", "-."),
     "control_smooth": ("CE, label smoothing", "muted", "--"),
     "control_extra": ("CE, teacher's time in steps", "ink", ":"),
+    "control_growth": ("CE, grown", "muted", ":"),
     "log": ("imported log", "muted", "-."),
 }
 SIZE = (5.4, 3.5)  # inches: as wide as a phone in CSS pixels, so that text keeps its size there

@@ -12,10 +12,12 @@ from kdclimb.config import RunConfig
 LEDGER_COLUMNS = tuple(  # the seed's, then ours
     "run_id mode teacher_params_m teacher_steps teacher_train_time_ms alpha temp kd_lr_boost student_steps best_val "
     "final_val steps_to_target status artifact_dir seed tokens active_flops val_instability clock device code_hash "
-    "data_hash enters_claims kd_cache_ms kd_cache_ms_amortised".split()
+    "data_hash enters_claims kd_cache_ms kd_cache_ms_amortised "
+    "anchor_before_ms anchor_after_ms".split()
 )
 MODES = {
     "ce": "ce_baseline",
+    "ce_screen": "ce_screen",
     "probe": "teacher_probe",
     "teacher": "teacher",
     "imported": "teacher_imported",
@@ -24,10 +26,12 @@ MODES = {
     "screen": "kd_screen",
     "kd": "kd_full",
     "ngram": "kd_ngram",
-    "control_boost": "ce_lr_boost",
+    "control_boost": "ce_lr_policy",
     "control_random": "kd_random_teacher",
+    "control_tuned": "ce_tuned",
     "control_smooth": "ce_label_smoothing",
     "control_extra": "ce_extra_steps",
+    "control_growth": "ce_grown",
     "log": "imported_log",
 }
 TEACHER_ARMS = ("probe", "teacher", "imported", "ngram_teacher")
@@ -98,6 +102,8 @@ def _ours(run: RunFolder, exploratory: bool) -> dict:
         "active_flops": active_flops(run),
         "val_instability": stability(run) if None not in losses else None,
         "clock": run.config.clock,
+        "anchor_before_ms": row["anchor_before_ms"],
+        "anchor_after_ms": row["anchor_after_ms"],
         "device": row["device"] or None,
         "code_hash": row["code_hash"] or None,
         "data_hash": row["data_hash"] or None,
@@ -116,12 +122,12 @@ def active_flops(run: RunFolder) -> float | None:
 
 def barred(run: RunFolder, exploratory: bool) -> str:
     """Why a run can enter no claim; empty where it can."""
-    if run.arm in ("probe", "isolate", "screen"):
-        return "a part of a run" if run.arm != "screen" else "it chose, and does not judge"
+    if run.arm in ("probe", "isolate", "screen", "ce_screen"):
+        return "a part of a run" if not run.arm.endswith("screen") else "it chose, and does not judge"
     if run.imported:
         return "provisional" if not run.ok else "imported"
     reasons = {
-        "exploratory": exploratory,
+        "exploratory": exploratory or run.arm == "control_growth",
         run.status: not run.ok,
         f"{run.config.clock} time": run.config.clock != "measured",
     }

@@ -22,17 +22,20 @@ from kdclimb.analysis.selection import SELECTED_KEYS
 from kdclimb.analysis.tables import RUN_COLUMNS, TEXT, read_csv, read_json, show_ms, show_number
 from kdclimb.analysis.targets import COLLECTED_COLUMNS, REACHED_COLUMNS, SCREEN_COLUMNS, TARGET_KEYS
 from kdclimb.analysis.tested import VERDICT_COLUMNS
+from kdclimb.analysis.tuning import TUNING_COLUMNS
 from kdclimb.artifacts import write_text
 
 VERDICT_KEYS = (
     "sentence claimable not_claimable_because kd_alive kd_pays_steps kd_pays_time_with_teacher n_seeds steps_saved_min "
-    "steps_saved_max budget_share teacher_ms point horizon rules tuning"
+    "steps_saved_max budget_share teacher_ms point horizon rules tuning ngram"
 ).split() + [f"{column}_mean" for column in SAVINGS]
 TABLES = {
     "timing": RUN_COLUMNS,
     "teachers": TEACHER_COLUMNS,
     "isolates": ISOLATE_COLUMNS,
     "screen": SCREEN_COLUMNS,
+    "ce_screen": SCREEN_COLUMNS,
+    "tuning": TUNING_COLUMNS,
     "full": COLLECTED_COLUMNS,
     "controls": COLLECTED_COLUMNS,
     "curves": CURVE_COLUMNS,
@@ -313,9 +316,13 @@ def tests_section(page: Page) -> str:
         "and known no finer than the horizons are close. &lsquo;Seeds needed&rsquo; would show a saving of the size "
         "measured; &lsquo;could be seen&rsquo; is the smallest that these could show."
     )
-    tuning = f'<p class="empty">{escape(verdict["tuning"])}</p>'
+    tuning = "".join(f'<p class="empty">{escape(verdict[key])}</p>' for key in ("tuning", "ngram") if verdict[key])
     judged = [row for row in page.data["tests"] if row["cost"] != "tokens"]
-    parts = table(judged, columns, "nothing was compared"), tuning, page.links("tests", "reached")
+    parts = (
+        table(judged, columns, "nothing was compared"),
+        tuning,
+        page.links("tests", "reached", "tuning", "ce_screen"),
+    )
     return section("How sure", lead, *parts)
 
 

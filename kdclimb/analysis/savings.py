@@ -71,7 +71,8 @@ def break_even_rows(
 
 def _break_even(test: dict, pairs: list, times: list[float], teacher: dict, amortize: int) -> dict:
     row = dict.fromkeys(BREAK_EVEN_COLUMNS) | {key: test[key] for key in ("target", "target_value", "label")}
-    row |= {"n_seeds": len(pairs), "teacher_ms": teacher["train_time_ms"], "amortize": amortize}
+    teacher_ms = None if teacher["run_id"] is None else teacher["train_time_ms"] * teacher.get("speed", 1.0)
+    row |= {"n_seeds": len(pairs), "teacher_ms": teacher_ms, "amortize": amortize}
     row["cache_ms"] = statistics.fmean(kd.summary["kd_cache_ms"] or 0.0 for kd, _ in pairs) if pairs else None
     row |= {"measured": None if test["ratio"] is None else 1 - test["ratio"], "note": test["note"]}
     row |= {"measured_low": test["high"] and 1 - test["high"], "measured_high": test["low"] and 1 - test["low"]}
@@ -86,7 +87,7 @@ def _break_even(test: dict, pairs: list, times: list[float], teacher: dict, amor
     share = statistics.fmean(share_with_kd(kd, test["target_value"]) for kd, _ in pairs)
     ce_ms = statistics.fmean(times)
     cached = row["cache_ms"] / ce_ms
-    cost = teacher["train_time_ms"] / ce_ms
+    cost = teacher_ms / ce_ms
     step = 1 + share * overhead
     row |= {"overhead": overhead, "kd_share_of_steps": share, "ce_time_ms": ce_ms, "teacher_share": cost}
     row |= {"needed": 1 - (1 - cost - cached) / step}

@@ -153,8 +153,8 @@ def teacher_select(trained: Path, projected: Path, measured: Path, budget: Path,
     write_json(out, decision)
 
 
-def kd_promote(screen: Path, promote: int, out: Path) -> None:
-    """The labels of the `promote` best screened points that trained to their end, best first."""
+def kd_promote(screen: Path, ce_screen: Path, promote: int, out: Path) -> None:
+    """The labels of the `promote` best screened points that trained to their end, best first; and CE's best one."""
     rows = sorted(read_csv(screen, SCREEN_COLUMNS), key=lambda row: row["rank"])
     points = [row["label"] for row in rows if row["status"] == "ok"][:promote]
     if points:
@@ -163,4 +163,6 @@ def kd_promote(screen: Path, promote: int, out: Path) -> None:
         reason = "every screened run failed: " + "; ".join(f"{row['label']}: {_failed(row)}" for row in rows)
     else:
         reason = "nothing was screened"
-    write_json(out, {"points": points, "reason": reason})
+    best = [row for row in read_csv(ce_screen, SCREEN_COLUMNS) if row["status"] == "ok"]
+    ce_point = min(best, key=lambda row: row["rank"])["label"] if best else None
+    write_json(out, {"points": points, "ce_point": ce_point, "reason": reason})

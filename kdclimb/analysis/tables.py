@@ -30,8 +30,8 @@ RUN_COLUMNS = ("arm", "label", "horizon", "kind", *(c for c in SUMMARY_COLUMNS i
 TEXT = frozenset(
     "arm label kind run_id probe_run_id candidate status reason device clock code_hash data_hash miss_reason "
     "time_note verdict missing_artifacts measure target against cost note outcome "
-    "kind condition met evidence promoted check_budget check_budget_by check_falling check_falling_by check_no_oom "
-    "check_no_oom_by check_artifacts check_artifacts_by".split()
+    "chosen edge condition met evidence promoted check_budget check_budget_by check_falling check_falling_by "
+    "check_no_oom check_no_oom_by check_artifacts check_artifacts_by".split()
 )
 WARMUP_STEPS = 2  # the first steps are slower on every device, and a probe is too short to dilute them
 INTEGER = re.compile(r"-?\d+")
@@ -105,6 +105,8 @@ class RunFolder:
     status: str
     reason: str
     summary: dict
+    speed: float = 1.0  # factor that all its times are read with: the machine's anchor was so much faster or slower
+    unsteady: str = ""  # why its time can be compared with no other's
 
     @classmethod
     def read(cls, flag: str) -> RunFolder:
@@ -173,6 +175,9 @@ class RunFolder:
                 raise AnalysisError(f"{self.folder / name}: row {i + 1} lacks one of {', '.join(owed)}")
             if i and row["step"] <= rows[i - 1]["step"]:
                 raise AnalysisError(f"{self.folder / name}: row {i + 1}: the steps do not ascend")
+        timed = [row for row in rows if row["train_time_ms"] is not None and self.speed != 1.0]
+        for row in timed:
+            row["train_time_ms"] *= self.speed
         return rows
 
     def row(self) -> dict:
@@ -184,7 +189,8 @@ class RunFolder:
             "kind": self.summary["arm"],
         }
         broken = self.summary["broken"] if self.config.clock == "measured" else None
-        return row | {"run_id": self.run_id, "status": self.status, "reason": self.reason, "broken": broken}
+        row |= {"run_id": self.run_id, "status": self.status, "reason": self.reason, "broken": broken}
+        return row | {"unsteady": self.unsteady}
 
     def durations(self, per_token: bool = False) -> list[float]:
         """Milliseconds of each step (or of each token of it), without the first WARMUP_STEPS steps.

@@ -34,8 +34,8 @@ REACHED_COLUMNS = (
 )
 COLLECTED_COLUMNS = (*RUN_COLUMNS, *CROSSING_COLUMNS, "first_val")
 SCREEN_COLUMNS = tuple(
-    "rank label run_id temperature lr_boost_mult lr_boost_hold_frac lr_boost_drop_frac status reason steps_to_target "
-    "miss_reason final_val best_val stability first_val kd_stop_step kd_share_mean".split()
+    "rank label run_id temperature adam_lr lr_boost_mult lr_boost_hold_frac lr_boost_drop_frac status reason "
+    "steps_to_target miss_reason final_val best_val stability first_val kd_stop_step kd_share_mean".split()
 )
 
 
@@ -234,7 +234,9 @@ def collect(runs: list[RunFolder], target: Path, out: Path) -> None:
 
 
 def kd_screen(runs: list[RunFolder], target: Path, out: Path) -> None:
-    """The screened KD points, best first: steps to target, then stability, then final loss; failed runs last."""
+    """The screened points of KD, or of CE, best first: steps to target, then stability, then final loss; failed ones
+    last.
+    """
     goal = read_target(target)
     rows = sorted((_screen_row(run, goal) for run in runs), key=_screen_order)
     write_csv(out, SCREEN_COLUMNS, [row | {"rank": i} for i, row in enumerate(rows, start=1)])
@@ -247,7 +249,8 @@ def _screen_row(run: RunFolder, target: dict) -> dict:
         run.row()
         | crossing(run, target).columns()
         | {
-            "temperature": run.config.kd.temperature,
+            "temperature": run.config.kd.temperature if run.config.kd else None,
+            "adam_lr": run.config.optim.adam.lr,  # all others are in one ratio to it
             "lr_boost_mult": boost.mult if boost else 1.0,
             "lr_boost_hold_frac": boost.hold_frac if boost else None,
             "lr_boost_drop_frac": boost.drop_frac if boost else None,

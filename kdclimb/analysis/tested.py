@@ -22,6 +22,7 @@ VERDICT_COLUMNS = (
     *STATISTICS,
     *("p_holm", "outcome"),
 )
+COMPETITOR = "control_growth"  # shown, but no control: it uses the teacher too, and explains nothing away
 DECLARED = "the teacher's time is declared, not measured"
 
 
@@ -73,11 +74,11 @@ def _refused(pairs: Iterable[tuple[Reached, Reached]]) -> str:
 
 
 def _adjust(rows: list[dict]) -> None:
-    """Holm over KD's points and targets, for each measure and cost."""
+    """Holm over KD's points and targets, for each measure and cost; and over those of KD from n-grams."""
     families: dict[tuple, list[dict]] = {}
     for row in rows:
-        if (row["arm"], row["against"]) == ("kd", "ce"):
-            families.setdefault((row["measure"], row["cost"]), []).append(row)
+        if row["arm"] in ("kd", "ngram") and row["against"] == "ce":
+            families.setdefault((row["arm"], row["measure"], row["cost"]), []).append(row)
     for family in families.values():
         for row, p in zip(family, holm([row["p_sooner"] for row in family]), strict=True):
             row["p_holm"] = p
@@ -103,7 +104,7 @@ def headline(rows: list[dict], point: str | None) -> dict:
     controls = [
         row
         for row in rows
-        if row["measure"] == "crossing" and row["cost"] == "steps" and row["against"] not in ("ce", "kd")
+        if row["measure"] == "crossing" and row["cost"] == "steps" and row["against"] not in ("ce", "kd", COMPETITOR)
         if all(row[key] == value for key, value in asked.items())
     ]
     return found | {"controls": controls}

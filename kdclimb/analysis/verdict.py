@@ -9,8 +9,11 @@ from kdclimb.analysis import tested as tests
 from kdclimb.analysis.paired import BETTER, MIN_PAIRS, WORSE
 from kdclimb.analysis.tables import RunFolder, show_ms, show_number
 
-CONTROL_NAMES = {"control_boost": "CE with KD's LR", "control_smooth": "CE with label smoothing"}
-TUNED = ("temperature", "lr_boost_mult", "lr_boost_hold_frac", "lr_boost_drop_frac")  # of screen.csv
+CONTROL_NAMES = {
+    "control_boost": "CE with KD's LR",
+    "control_tuned": "CE as tuned as KD",
+    "control_smooth": "CE with label smoothing",
+}
 SAVINGS = {  # what is saved: the column that it is a difference of
     "steps_saved": "steps_to_target",
     "tokens_saved": "tokens_to_target",
@@ -119,22 +122,21 @@ def verdict(
     return result
 
 
-def tuning(screen: list[dict], point: str | None) -> str:
-    """How often each arm was tuned, and what lies on the edge of its grid, where a better value may lie beyond it."""
-    trials = len(screen)
-    words = (
-        f"Tuning: KD was given {trials} trial{'s' * (trials != 1)} of its own in the screen, CE none: its learning "
-        "rates and schedule are those that every arm has."
-    )
-    chosen = next((row for row in screen if row["label"] == point), None)
-    if chosen is None:
-        return words
-    edges = []
-    for key in TUNED:
-        values = {row[key] for row in screen if row[key] is not None}
-        if chosen[key] is not None and len(values) > 1 and chosen[key] in (min(values), max(values)):
-            edges.append(f"{key} {chosen[key]:g} of {', '.join(f'{value:g}' for value in sorted(values))}")
-    return f"{words} On the edge of its grid: {'; '.join(edges)}." if edges else f"{words} No choice lies on an edge."
+def ngram_sentence(tested: list[dict], counted: list[RunFolder], budget: dict) -> str:
+    """KD from n-grams against CE, by crossing and at the end, and what counting them took; empty if there is none."""
+    parts = []
+    for run in counted:
+        ms = run.summary["train_time_ms"]
+        within = "within" if ms <= budget["budget_ms"] else "over, so nothing is claimed,"
+        parts.append(f"the {run.label} took {show_ms(ms)}, {within} the budget of {show_ms(budget['budget_ms'])}")
+    for row in tested:
+        if (row["arm"], row["against"]) == ("ngram", "ce"):
+            if (row["measure"], row["target"], row["cost"]) == ("crossing", tests.TEACHERS, "time_with_teacher_ms"):
+                parts.append(f"{row['label']}, time with its teacher to the target: {tests.describe(row)}")
+            if row["measure"] == "final" and row["saved_mean"] is not None:
+                side = "below" if row["saved_mean"] > 0 else "above"
+                parts.append(f"{row['label']} ends {abs(row['saved_mean']):.4f} nats {side} CE ({row['outcome']})")
+    return f"KD from n-grams: {'; '.join(parts)}." if parts else ""
 
 
 def mean(values) -> float | None:

@@ -371,11 +371,14 @@ def config(num_layers=4, num_heads=4, horizon=60, kd=None, clock="measured"):
         validation=ValidationConfig(25, 4096, False, None),
         attention=AttentionConfig("auto", False),
         kd=kd,
+        lr_policy=None,
+        grown_from=None,
         label_smoothing=0.0,
         seed=0,
         device="cuda",
         clock=clock,
         modelled_tflops=0.0 if clock == "measured" else 1.0,
+        anchor_steps=0 if clock == "modelled" else 5,
     )
 
 

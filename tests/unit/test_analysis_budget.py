@@ -113,3 +113,46 @@ def test_writing_again_gives_the_same_bytes(tmp_path):
         budget.ce_baseline(runs, tmp_path / "timing.csv")
         texts.append((tmp_path / "timing.csv").read_bytes())
     assert texts[0] == texts[1]
+
+
+def test_times_are_divided_by_the_machines_speed_beside_them(tmp_path):
+    """A machine at half its speed: twice the time, twice the anchor. CE's median anchor is the speed that counts."""
+    speeds = ((0, 10.0, 10.0, 10.0), (1, 20.0, 19.0, 21.0), (2, 10.0, 10.0, 10.0))
+    runs = [
+        run_folder(
+            tmp_path, "ce", "CE", make_config(seed=s), val=VAL, step_ms=ms, anchor_before_ms=a, anchor_after_ms=b
+        )
+        for s, ms, a, b in speeds
+    ]
+    at_one = budget.at_one_speed(runs, max_drift=0.25)
+    assert [run.speed for run in at_one] == [1.0, 0.5, 1.0]
+    assert {run.val[-1]["train_time_ms"] for run in at_one} == {500.0}
+    assert {run.steps[0]["train_time_ms"] for run in at_one} == {10.0}
+    assert not any(budget.refuse_timing(run.row(), at_one[0].row()) for run in at_one)
+
+
+def test_times_of_a_machine_that_changed_meanwhile_are_compared_with_none(tmp_path):
+    config = [make_config(seed=seed) for seed in range(4)]
+    steady = run_folder(tmp_path, "ce", "CE", config[0], val=VAL)
+    slowed = run_folder(tmp_path, "kd", "T1", config[1], val=VAL, anchor_before_ms=10.0, anchor_after_ms=13.0)
+    without = run_folder(tmp_path, "kd", "T1", config[2], val=VAL, anchor_before_ms="", anchor_after_ms="")
+    failed = run_folder(tmp_path, "kd", "T1", config[3], status="oom", reason="x")
+    runs = budget.at_one_speed([steady, slowed, without, failed], max_drift=0.25)
+    notes = [budget.refuse_timing(run.row(), steady.row()) if run.ok else "" for run in runs]
+    assert notes[0] == notes[3] == ""
+    assert "anchor went from 10 to 13 ms" in notes[1] and "no anchor beside the run" in notes[2]
+
+
+def test_without_anchors_times_stay_as_they_are(tmp_path):
+    run = run_folder(tmp_path, "ce", "CE", make_config(clock="modelled"), val=VAL)
+    assert budget.at_one_speed([run], max_drift=0.25) == [run]
+
+
+@pytest.mark.parametrize(("stalled", "marked"), [([], False), ([30.0], False), ([500.0] * 10, True)])
+def test_a_machine_that_stalls_between_two_steady_ends_is_seen_in_the_steps(tmp_path, stalled, marked):
+    """Steps that only KD makes longer are of another kind."""
+    steps = [15.0] * 40 + stalled + [10.0] * (60 - len(stalled))
+    kd = run_folder(tmp_path, "kd", "T1", make_config(seed=1, kd={}), val=VAL, step_ms=steps, shares=[0.5] * 40)
+    ce = run_folder(tmp_path, "ce", "CE", make_config(), val=VAL)
+    note = budget.refuse_timing(budget.at_one_speed([ce, kd], max_drift=0.25)[1].row(), ce.row())
+    assert ("times their median on average" in note) == bool(note) == marked

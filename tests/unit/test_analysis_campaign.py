@@ -78,7 +78,7 @@ def test_report_is_self_contained_and_its_links_lead_somewhere(campaign):
     page = page_of(campaign)
     assert not re.search(r'(?:src|href)="(?:https?:)?//|@import|<script|<img', page)
     links = set(re.findall(r'<a href="([^"]+)"', page))
-    assert len(links) == 20
+    assert len(links) == 22
     for link in links:
         assert (campaign.path("report") / link).is_file(), link
 

@@ -1,6 +1,7 @@
 """The checklist of teachers, the stop conditions, and the table of all candidates."""
 
 import pytest
+from test_analysis_synthetic import make_config, run_folder
 
 from kdclimb.analysis import checklist
 from kdclimb.analysis.selection import EARLY_COLUMNS
@@ -82,17 +83,25 @@ def test_stop_conditions_without():
     assert "no teacher meets it" in found["teacher search"]["evidence"]
 
 
-def test_summary_lists_every_teacher_and_kd_run():
+def test_summary_lists_every_teacher_and_kd_run(tmp_path):
+    counted = [
+        run_folder(tmp_path, "ngram_teacher", name, make_config(seed=i), val=[(0, 6.0)], train_time_ms=ms)
+        for i, (name, ms) in enumerate((("2-gram", 50.0), ("3-gram", 150.0)))
+    ]
     nothing = dict.fromkeys(checklist.SUMMARY_COLUMNS)
     run = nothing | {"run_id": "r", "status": "ok", "reason": "", "miss_reason": "never reached", "label": "T1"}
     rows = checklist.summary(
         [nothing | {"candidate": "A", "verdict": "selected"}],
+        counted,
+        100.0,
         [run | {"arm": "ce"}, run | {"arm": "screen"}, run | {"arm": "kd", "label": "T2"}],
         "T1",
     )
     assert [(row["kind"], row["candidate"], row["verdict"]) for row in rows] == [
         ("teacher", "A", "selected"),
+        ("ngram_teacher", "2-gram", "within the budget"),
+        ("ngram_teacher", "3-gram", "rejected"),
         ("kd_screen", "T1", "promoted"),
         ("kd_full", "T2", "not promoted"),
     ]
-    assert rows[1]["reason"] == "never reached"
+    assert rows[3]["reason"] == "never reached"

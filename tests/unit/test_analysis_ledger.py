@@ -10,7 +10,7 @@ TARGET = {"value": 5.0, "consecutive": 2, "source": "teacher_final_val", "reason
 HEADER = (
     "run_id,mode,teacher_params_m,teacher_steps,teacher_train_time_ms,alpha,temp,kd_lr_boost,student_steps,best_val,"
     "final_val,steps_to_target,status,artifact_dir,seed,tokens,active_flops,val_instability,clock,device,code_hash,"
-    "data_hash,enters_claims,kd_cache_ms,kd_cache_ms_amortised"
+    "data_hash,enters_claims,kd_cache_ms,kd_cache_ms_amortised,anchor_before_ms,anchor_after_ms"
 )
 VAL = [(0, 7.0), (25, 6.0), (50, 4.9), (75, 4.8), (100, 4.85)]
 
@@ -40,7 +40,7 @@ def write(tmp_path, *arms):
 def test_header_modes_and_order_of_arms(tmp_path):
     _, rows = write(tmp_path, "control_random", "screen", "isolate", "probe", "ce", "control_boost", "kd")
     assert (tmp_path / "ledger.csv").read_text().splitlines()[0] == HEADER
-    modes = "ce_baseline teacher_probe teacher kd_isolate kd_screen kd_full ce_lr_boost kd_random_teacher"
+    modes = "ce_baseline teacher_probe teacher kd_isolate kd_screen kd_full ce_lr_policy kd_random_teacher"
     assert list(rows) == modes.split()
 
 
@@ -56,7 +56,7 @@ def test_cells(tmp_path):
         "kd_isolate": ["1.5", "50", "500.0", "-", "-", "-", "20", "-"],
         "kd_screen": ["1.5", "50", "500.0", "0.25", "2.0", "1.0", "100", "50"],
         "kd_full": ["1.5", "50", "500.0", "0.5", "1.0", "1.5", "100", "50"],
-        "ce_lr_boost": ["-", "-", "-", "-", "-", "1.5", "100", "50"],
+        "ce_lr_policy": ["-", "-", "-", "-", "-", "1.5", "100", "50"],
         "kd_random_teacher": ["1.5", "-", "-", "0.5", "1.0", "1.5", "100", "50"],
     }
     kd = rows["kd_full"]

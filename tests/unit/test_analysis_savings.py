@@ -9,7 +9,7 @@ from kdclimb.analysis.targets import by_crossing
 from kdclimb.analysis.tested import verdict_rows
 
 TARGET = {"value": 5.0, "consecutive": 2, "source": "teacher_final_val", "reason": "of a test", "fixed": []}
-TEACHER = {"train_time_ms": 150.0}
+TEACHER = {"run_id": "teacher", "train_time_ms": 150.0}
 CE, KD = [6.0, 5.5, 5.0, 4.5], [5.5, 5.0, 4.8, 4.6]
 
 

@@ -190,16 +190,17 @@ def screen(tmp_path, *rows):
     nothing = dict.fromkeys(targets.SCREEN_COLUMNS)
     rows = [nothing | {"rank": i, "label": label, "status": status} for i, (label, status) in enumerate(rows, 1)]
     tables.write_csv(tmp_path / "screen.csv", targets.SCREEN_COLUMNS, reversed(rows))
-    selection.kd_promote(tmp_path / "screen.csv", 2, tmp_path / "promoted.json")
+    tables.write_csv(tmp_path / "ce.csv", targets.SCREEN_COLUMNS, rows)
+    selection.kd_promote(tmp_path / "screen.csv", tmp_path / "ce.csv", 2, tmp_path / "promoted.json")
     return json.loads((tmp_path / "promoted.json").read_text())
 
 
 def test_best_points_that_trained_are_promoted_in_rank_order(tmp_path):
     decision = screen(tmp_path, ("T2", "ok"), ("T9", "diverged"), ("T1", "ok"), ("T3", "ok"))
-    assert decision["points"] == ["T2", "T1"]
+    assert decision["points"] == ["T2", "T1"] and decision["ce_point"] == "T2"
 
 
 def test_nothing_to_promote(tmp_path):
-    assert screen(tmp_path) == {"points": [], "reason": "nothing was screened"}
+    assert screen(tmp_path) == {"points": [], "ce_point": None, "reason": "nothing was screened"}
     decision = screen(tmp_path, ("T1", "oom"), ("T2", "failed"))
     assert decision["points"] == [] and "T1: no OOM fallback" in decision["reason"]

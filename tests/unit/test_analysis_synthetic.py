@@ -60,11 +60,14 @@ def make_config(horizon=100, seed=0, kd=None, boost=None, clock="measured", batc
         "validation": {"every": 25, "tokens": 1000, "slabs": False, "stop_at": None},
         "attention": {"backend": "auto", "require_flash_attn": False},
         "kd": None,
+        "lr_policy": None,
+        "grown_from": None,
         "label_smoothing": 0.0,
         "seed": seed,
         "device": "cpu",
         "clock": clock,
         "modelled_tflops": 0.05 if clock == "modelled" else 0.0,
+        "anchor_steps": 0 if clock == "modelled" else 30,
     }
     if kd is not None:
         values["kd"] = {
@@ -135,6 +138,7 @@ def write_run(runs, config, val=(), step_ms=10.0, status="ok", reason="", shares
         row |= {"device": "cpu", "threads": 2, "shared_device": 0, "code_hash": "c0de00000000", "data_hash": "0123"}
         row |= {"steps": len(durations), "tokens": tokens[-1], "train_time_ms": times[-1], "broken": 0}
         row |= {"params_stored": 2000000, "params_active": 1000000, "flops_per_token": 6000000.0}
+        row |= {"anchor_before_ms": 10.0, "anchor_after_ms": 10.0} if config.anchor_steps else {}
         row |= {"best_val": min(losses, default=""), "final_val": losses[-1] if losses else ""}
     row |= summary
     _write(folder / "summary.csv", SUMMARY_COLUMNS, [[row[column] for column in SUMMARY_COLUMNS]])
@@ -170,13 +174,22 @@ def run_script(name, *flags):
 
 # A campaign by the numbers. Every curve falls on a straight line from 6 nats, so that each crossing of the
 # target can be worked out by hand: CE falls 0.01 a step, and so on.
-FALL = {"ce": 0.010, "probe": 0.010, "teacher": 0.020, "isolate": 0.010, "screen": 0.016, "kd": 0.016}
+FALL = {
+    "ce": 0.010,
+    "ce_screen": 0.009,
+    "probe": 0.010,
+    "teacher": 0.020,
+    "isolate": 0.010,
+    "screen": 0.016,
+    "kd": 0.016,
+}
 FALL |= {"control_boost": 0.011, "control_random": 0.004, "control_smooth": 0.010, "control_extra": 0.0095}
 STEP_MS = {"probe": 1.0, "teacher": 1.0, "isolate": 11.0, "screen": 12.0, "kd": 12.0, "control_random": 12.0}
 
 
 SHAPES = [(1, 2, 75), (1, 2, 100), (1, 4, 50), (2, 2, 75), (2, 4, 75), (4, 4, 150)]  # layers, heads and steps
 PINNED = {
+    "anchor": {"max_drift": 0.25},
     "controls": {"lr_policy": True, "label_smoothing": 0.1, "extra_steps": True, "random_teacher": True},
     "verdict": {
         "targets": [4.8, 3.5],
@@ -228,6 +241,8 @@ class SyntheticCampaign:
         last = run.config.schedule.stop_step
         steps = [*range(0, last, 25), last]
         fall, kd = FALL[run.arm], run.config.kd
+        if run.label == "LR1":
+            fall = FALL["ce"]  # the same run
         if run.arm in ("screen", "kd"):
             fall -= 0.002 * (kd.temperature - 1)  # so that T1 beats T2
             fall -= 0.001 * (run.config.schedule.lr_boost is None)  # and a boost beats none
@@ -271,7 +286,9 @@ class SyntheticCampaign:
         target = "--target", p("target.json")
         self.script("kd_isolates", *self.flags("isolate"), "--out", p("kd/isolates.csv"))
         self.script("kd_screen", *self.flags("screen"), *target, "--out", p("kd/screen.csv"))
-        self.script("kd_promote", "--screen", p("kd/screen.csv"), "--promote", "1", "--out", p("kd/promoted.json"))
+        self.script("kd_screen", *self.flags("ce_screen"), *target, "--out", p("ce/screen.csv"))
+        screens = "--screen", p("kd/screen.csv"), "--ce-screen", p("ce/screen.csv")
+        self.script("kd_promote", *screens, "--promote", "1", "--out", p("kd/promoted.json"))
         self.script("kd_full", *self.flags("kd"), *target, "--out", p("kd/full.csv"))
         controls = self.flags("control_boost", "control_random", "control_smooth", "control_extra")
         self.script("controls", *controls, *target, "--out", p("controls.csv"))
@@ -284,7 +301,9 @@ class SyntheticCampaign:
         outputs = [f"--out-{name}={p(f'tables/{name}.csv')}" for name in ("curves", "runs", "compare", "teachers")]
         outputs += [f"--out-{name.replace('_', '-')}={p(f'tables/{name}.csv')}" for name in ("reached", "break_even")]
         outputs += [f"--out-tests={p('tables/verdict.csv')}", f"--out-trend={p('tables/steps_saved_trend.csv')}"]
-        outputs += [f"--rules={json.dumps(dataclasses.asdict(self.campaign.verdict))}"]
+        rules = dataclasses.asdict(self.campaign.verdict) | {"max_drift": self.campaign.anchor.max_drift}
+        outputs += [f"--rules={json.dumps(rules)}", f"--ce-screen={p('ce/screen.csv')}"]
+        outputs += [f"--out-tuning={p('tables/tuning.csv')}"]
         outputs += [f"--out-verdict={p('verdict.json')}", "--promoted", p("kd/promoted.json"), "--clock", self.clock]
         outputs += ["--screen", p("kd/screen.csv"), f"--out-stop={p('tables/stop_conditions.csv')}"]
         outputs += [f"--out-summary={p('tables/teacher_budget10_summary.csv')}"]
@@ -292,6 +311,7 @@ class SyntheticCampaign:
         self.script("ledger", *self.flags(), "--target", p("target.json"), "--out", p("tables/ledger.csv"))
         tables = [f"--{name}={p(f'tables/{name}.csv')}" for name in ("curves", "runs", "compare", "teachers", "ledger")]
         tables += [f"--{name}={p(f'kd/{name}.csv')}" for name in ("isolates", "screen", "full")]
+        tables += [f"--ce-screen={p('ce/screen.csv')}", f"--tuning={p('tables/tuning.csv')}"]
         tables += [f"--reached={p('tables/reached.csv')}", f"--tests={p('tables/verdict.csv')}"]
         tables += [f"--stop={p('tables/stop_conditions.csv')}"]
         tables += [f"--summary={p('tables/teacher_budget10_summary.csv')}"]

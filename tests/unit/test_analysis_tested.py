@@ -81,3 +81,12 @@ def test_other_horizons_and_other_points_controls_are_not_compared():
     against = [(row["arm"], row["label"], row["against"], row["n_pairs"]) for row in rows]
     assert ("kd", "T2", "control_boost", 1) in against and ("kd", "T1", "ce", 0) in against
     assert not [row for row in against if row[:3] == ("kd", "T1", "control_boost")]
+
+
+def test_kd_from_ngrams_is_judged_against_ce_with_a_holm_family_of_its_own():
+    generator = np.random.default_rng(3)
+    found = campaign(generator, 3, kd=0.3, ngram=0.3)
+    rows = tested.verdict_rows(found, RULES, 100, imported=False)
+    judged = [(row["arm"], row["against"]) for row in rows]
+    assert judged == [("kd", "ce"), ("ngram", "ce")]
+    assert all(row["low"] is not None and row["p_holm"] == row["p_sooner"] for row in rows)  # families of one

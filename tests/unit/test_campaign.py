@@ -6,6 +6,7 @@ import pytest
 from configs import ROOT, merged
 
 from kdclimb import campaign, expansion, sections
+from kdclimb.config import ConfigError, PolicyConfig
 
 
 def expand_all(config):
@@ -15,7 +16,7 @@ def expand_all(config):
     points = [p.name for p in expansion.grid_points(config.kd.grid)]
     decisions |= {
         "selected": {"run_id": teacher, "train_time_ms": 0.1, "budget_ms": 0.1},
-        "promoted": {"points": points[-1:]},
+        "promoted": {"points": points[-1:], "ce_point": "LR1.4"},
     }
     return expansion.expand(config, decisions)
 
@@ -27,18 +28,18 @@ def arms(runs):
     return counts
 
 
-def test_default_campaign_has_the_runs_it_should_and_at_most_50():
+def test_default_campaign_has_the_runs_it_should_and_at_most_55():
     config = campaign.load(merged({"device": "cpu"}), ROOT)
-    assert arms(expansion.expand(config, {})) == {"ce": 10, "probe": 6}
+    assert arms(expansion.expand(config, {})) == {"ce": 10, "ce_screen": 4, "probe": 6}
     runs = expand_all(config)
-    assert len({run.run_id for run in runs}) <= 50
-    controls = {"control_boost": 3, "control_random": 1, "control_smooth": 3, "control_extra": 3}
-    expected = {"ce": 10, "probe": 6, "teacher": 6, "isolate": 4, "screen": 4, "kd": 9}
+    assert len({run.run_id for run in runs}) <= 55
+    controls = {"control_boost": 3, "control_random": 1, "control_tuned": 3, "control_smooth": 3, "control_extra": 3}
+    expected = {"ce": 10, "ce_screen": 4, "probe": 6, "teacher": 6, "isolate": 4, "screen": 4, "kd": 9}
     assert arms(runs) == expected | controls
 
 
 def test_student_is_the_same_in_ce_and_kd_arms(tiny_runs):
-    student = [r.config for r in tiny_runs if r.arm not in ("probe", "teacher")]
+    student = [r.config for r in tiny_runs if r.arm not in ("probe", "teacher", "ce_screen", "control_tuned")]
     for field in ("model", "data", "optim", "validation", "device", "clock"):
         assert len({getattr(config, field) for config in student}) == 1, field
     assert {config.label_smoothing for config in student} == {0.0, 0.1}
@@ -54,7 +55,7 @@ def test_grid_points_without_a_boost_are_one_whatever_hold_and_drop():
 
 def test_decisions_of_another_config_expand_to_nothing(tiny):
     stale = {"projected": {"survivors": ["L9-H9-D9-9"]}, "selected": {"run_id": "gone"}, "promoted": {"points": ["T9"]}}
-    assert set(arms(expansion.expand(tiny, stale))) == {"ce", "probe"}
+    assert set(arms(expansion.expand(tiny, stale))) == {"ce", "ce_screen", "probe"}
 
 
 def test_one_temperature_changes_only_its_point(tiny):
@@ -80,16 +81,18 @@ def test_data_id_follows_the_text_but_not_the_unused_source(tiny, tmp_path):
     assert data_id() != first
 
 
-def test_control_boost_has_the_lr_of_its_kd_runs_but_no_kd(tiny_runs):
+def test_control_boost_has_the_lr_policy_of_its_kd_runs_but_no_kd(tiny_runs):
     kd = [r.config for r in tiny_runs if r.arm == "kd" and r.config.schedule.horizon == 75]
     controls = [r.config for r in tiny_runs if r.arm == "control_boost"]
-    assert [dataclasses.replace(c, kd=None) for c in kd] == controls
+    assert [dataclasses.replace(c, kd=None) for c in kd] == [dataclasses.replace(c, lr_policy=None) for c in controls]
+    for taught, control in zip(kd, controls, strict=True):
+        assert control.lr_policy == PolicyConfig(taught.run_id, taught.kd.post_stop_lr, taught.kd.post_stop_blend_steps)
     assert all(c.schedule.lr_boost is not None for c in controls)
 
 
 @pytest.mark.parametrize("decided", [{}, {"projected": {"survivors": []}}, {"selected": {"run_id": None}}])
 def test_without_a_teacher_there_is_no_kd(tiny, decided):
-    assert set(arms(expansion.expand(tiny, decided))) == {"ce", "probe"}
+    assert set(arms(expansion.expand(tiny, decided))) == {"ce", "ce_screen", "probe"}
 
 
 def test_extra_steps_are_worth_the_teachers_time(tiny):
@@ -105,7 +108,13 @@ def test_extra_steps_are_worth_the_teachers_time(tiny):
 
 
 def test_controls_can_be_left_out():
-    off = {"lr_policy": False, "label_smoothing": 0.0, "extra_steps": False, "random_teacher": False}
+    off = {
+        "ce_grid": {"lr_mult": []},
+        "lr_policy": False,
+        "label_smoothing": 0.0,
+        "extra_steps": False,
+        "random_teacher": False,
+    }
     config = campaign.load(merged({"device": "cpu", "controls": off}), ROOT)
     assert not [arm for arm in arms(expand_all(config)) if arm.startswith("control")]
 
@@ -113,3 +122,14 @@ def test_controls_can_be_left_out():
 def test_what_the_screen_chose_is_judged_with_other_seeds(tiny_runs):
     seeds = {arm: {r.config.seed for r in tiny_runs if r.arm == arm} for arm in ("screen", "kd", "control_random")}
     assert seeds["screen"] == seeds["control_random"] == {100} and not seeds["screen"] & seeds["kd"]
+
+
+def test_a_grown_student_needs_candidates_that_fit_into_it():
+    with pytest.raises(ConfigError, match="controls.growth: True is not allowed.*L1-H2-D32-40 is none"):
+        campaign.load(merged({"device": "cpu", "controls": {"growth": True}}), ROOT)
+    shapes = [{"num_layers": 1, "num_heads": 4, "head_dim": 32, "steps": 50}]
+    overlay = {"device": "cpu", "controls": {"growth": True}, "teacher": {"candidates": shapes}}
+    runs = expand_all(campaign.load(merged(overlay), ROOT))
+    teacher = next(r.run_id for r in runs if r.arm == "teacher")
+    grown = [r.config for r in runs if r.arm == "control_growth"]
+    assert len(grown) == 3 and {(c.grown_from, c.kd) for c in grown} == {(teacher, None)}

@@ -272,33 +272,36 @@ def test_plan_without_results_counts_runs_and_tokens(capsys, tmp_path):
     assert row(later, "control_smooth") == ["control_smooth", "75", "2", "0", "28,672", "57,344", "-"]
     # A teacher at its budget is worth 8 more steps of 75; of 83, 42 are in the first stage: 42 * 256 + 41 * 512.
     assert row(later, "control_extra") == ["control_extra", "83", "2", "0", "31,744", "63,488", "-"]
-    # 118,784 for CE and probes, 57,856 for teachers, 3,072 + 38,400 + 95,744 + 57,344 + 19,200 + 57,344 + 63,488 for KD
-    assert "All together, at most: 27 runs (0 finished), 511,232 tokens, time -." in lines
+    # 118,784 for CE and probes, 57,856 for teachers, 3,072 + 38,400 + 95,744 + 57,344 + 19,200 + 57,344 + 63,488 for
+    # KD, and 19,200 + 57,344 for the second point of CE's screen, and CE at it.
+    assert (
+        "All together, at most: 30 runs (0 finished), 587,776 tokens, time -; 1 asked for by two stages, trained once."
+    ) in lines
     assert (
         "Not decided yet: teachers, after the filter: at most 3, if all candidates survive it; "
         "KD, after the selection: at most 2 grid points, 1 promoted x 2 horizons x 2 seeds = 4 full runs; "
-        "controls: 2 boost without KD, 1 random teacher, 2 label smoothing, 2 extra steps."
+        "controls: 2 KD's LR without KD, 1 random teacher, 2 CE at its best point, 2 label smoothing, 2 extra steps."
     ) in lines
 
 
-def test_the_costliest_points_are_those_with_boosts_of_their_own(capsys, tmp_path):
-    # Points T1, T1-boost, T2, T2-boost. Two promoted: T1-boost first, since it brings 2 runs more; any second one
-    # brings no more, since the boost's control is there. 8 KD, 2 boost controls, 2 random teachers.
+def test_the_costliest_points_are_those_with_a_boost(capsys, tmp_path):
+    # Points T1, T1-boost, T2, T2-boost; two promoted: 8 KD, a control of its LR for each at the last horizon, 2 random
+    # teachers.
     (tmp_path / "two.yaml").write_text("kd: {promote: 2, grid: {lr_boost: [1.0, 1.5]}}")
     lines = planned(capsys, tmp_path, *TINY, tmp_path / "two.yaml")
     assert (
-        "at most 4 grid points, 2 promoted x 2 horizons x 2 seeds = 8 full runs; controls: 2 boost without KD, "
-        "2 random teacher, 2 label smoothing, 2 extra steps."
+        "at most 4 grid points, 2 promoted x 2 horizons x 2 seeds = 8 full runs; controls: 4 KD's LR without "
+        "KD, 2 random teacher, 2 CE at its best point, 2 label smoothing, 2 extra steps."
     ) in "\n".join(lines)
 
 
 def test_a_run_of_two_stages_is_counted_once(capsys, tmp_path):
     # An isolate as long as the first horizon is the CE run of the first seed. 50 * 3 - 4 * 3 steps more, less that run:
-    # 511,232 - 3,072 + 2 * 19,200 tokens.
+    # 587,776 - 3,072 + 2 * 19,200 tokens.
     (tmp_path / "long.yaml").write_text("kd: {isolate_steps: 50}")
     (total,) = [s for s in planned(capsys, tmp_path, *TINY, tmp_path / "long.yaml") if s.startswith("All together")]
     assert total == (
-        "All together, at most: 26 runs (0 finished), 546,560 tokens, time -; 1 asked for by two stages, trained once."
+        "All together, at most: 29 runs (0 finished), 623,104 tokens, time -; 2 asked for by two stages, trained once."
     )
 
 
@@ -350,10 +353,10 @@ def test_times_come_from_finished_runs_probes_and_the_ce_speed(capsys, results):
     assert row(lines, "teacher", 75)[-1] == "-"
     assert row(lines, "isolate")[-4:] == ["32", "ms", "CE", "speed"]
     # 600 + 597.33 + 75 + 630 + 32 + 400 (screen) + 400 + 597.33 (KD) + 597.33 (boost) + 200 (random) + 597.33
-    # (smoothing) + 661.33 (extra steps) = 5,388 ms
+    # (smoothing) + 661.33 (extra steps) + 200 (the second point of CE's screen) + 597.33 (CE at it) = 6,186 ms
     (total,) = [line for line in lines if line.startswith("All together")]
-    assert total.endswith("511,232 tokens, time 5.39 s for 26 of them.")
-    assert "27 runs (4 finished)" in total
+    assert total.endswith("587,776 tokens, time 6.19 s for 29 of them; 1 asked for by two stages, trained once.")
+    assert "30 runs (4 finished)" in total
     assert f"CE speed: 10.4 ms per 1,000 tokens on {HERE}; while KD is active, a run takes longer than that." in lines
 
 
@@ -447,12 +450,12 @@ def test_all_decided(capsys, results):
     (undecided,) = [line for line in lines if line.startswith("Not decided yet")]
     assert undecided == (
         "Not decided yet: KD, after the screening: at most 1 promoted x 2 horizons x 2 seeds = 4 full runs; "
-        "controls: 2 boost without KD, 1 random teacher, 2 label smoothing, 2 extra steps."
+        "controls: 2 KD's LR without KD, 1 random teacher, 2 CE at its best point, 2 label smoothing, 2 extra steps."
     )
     decide(folder, promoted={"points": [expansion.grid_points(config.kd.grid)[0].name]})
     lines = planned(capsys, folder, *measured(results))
     assert "All is decided." in lines and "After that, at most:" not in lines
-    assert [line for line in lines if line.startswith("All together: 25 runs (4 finished)")]
+    assert [line for line in lines if line.startswith("All together: 26 runs (4 finished)")]
 
 
 @pytest.mark.parametrize("none", ["no survivor", "no teacher"])

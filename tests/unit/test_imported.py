@@ -227,10 +227,10 @@ def test_expand_stays_pure_and_takes_it_as_the_teacher():
     config = campaign_with("imported-x-0123456789ab")
     decided = {"projected": {"survivors": []}, "selected": {"run_id": "imported-x-0123456789ab"}}
     runs = expansion.expand(config, decided)
-    assert {run.arm for run in runs} == {"ce", "probe", "isolate", "screen"}
+    assert {run.arm for run in runs} == {"ce", "ce_screen", "probe", "isolate", "screen"}
     assert {run.config.kd.teacher for run in runs if run.arm == "screen"} == {"imported-x-0123456789ab"}
     decided["selected"] = {"run_id": "imported-gone-0123456789ab"}
-    assert {run.arm for run in expansion.expand(config, decided)} == {"ce", "probe"}
+    assert {run.arm for run in expansion.expand(config, decided)} == {"ce", "ce_screen", "probe"}
 
 
 def test_a_missing_or_unfit_import_is_named_with_its_remedy(tmp_path):

@@ -111,7 +111,7 @@ def test_a_head_at_zero_has_no_share_and_the_next_ones_have(tiny_runs, manifest,
 
 
 def test_ce_leaves_kd_cells_empty_and_costs_no_teacher_time(tiny_runs, train, kd_run, tmp_path):
-    _, out = train(pick(tiny_runs, "control_boost"), tmp_path)
+    _, out = train(pick(tiny_runs, "control_boost"), tmp_path, policy=kd_run / "summary.csv")
     steps, vals, summary = (rows(out / f"{name}.csv") for name in ("steps", "val", "summary"))
     assert {r[c] for r in steps for c in ("loss_soft", "kd_norm", "kd_share", "kd_active")} == {""}
     assert {r[c] for r in vals for c in ("teacher_kl", "kd_active")} == {""}
@@ -121,6 +121,50 @@ def test_ce_leaves_kd_cells_empty_and_costs_no_teacher_time(tiny_runs, train, kd
     kd_tokens = sum(int(r["batch_tokens"]) for r in kd_steps if r["kd_active"] == "1")
     extra = kd_tokens * float(kd_summary["teacher_flops_per_token"]) / (0.001 * 1e9)
     assert float(kd_summary["train_time_ms"]) - float(summary[0]["train_time_ms"]) == pytest.approx(extra, rel=1e-9)
+
+
+def test_ce_with_kds_lr_follows_it_through_the_stop_and_the_tail(tiny_runs, train, kd_run, tmp_path):
+    config = pick(tiny_runs, "control_boost")
+    _, out = train(config, tmp_path, policy=kd_run / "summary.csv")
+    taught, alone = ([row["lr_mult"] for row in rows(folder / "steps.csv")] for folder in (kd_run, out))
+    assert taught == alone
+    stop = int(rows(kd_run / "summary.csv")[0]["kd_stop_step"])
+    assert stop < len(alone)  # so that there is a tail
+    with pytest.raises(ValueError, match="no --policy file"):
+        train(config, tmp_path / "none")
+    other = dataclasses.replace(config, lr_policy=dataclasses.replace(config.lr_policy, run="kd-other"))
+    with pytest.raises(ValueError, match="which lr_policy names"):
+        train(other, tmp_path / "other", policy=kd_run / "summary.csv")
+
+
+def test_a_grown_student_starts_where_its_teacher_ended(tiny_runs, train, tmp_path):
+    base = pick(tiny_runs, "ce")
+    off = dict.fromkeys(("x0", "attention_gate", "key_offset", "smear", "qkvo_factors", "yarn"), False)
+    off |= dict.fromkeys(
+        ("long_layers", "attention_free_layers", "paired_layers", "value_layers", "skip", "backout"), ()
+    )
+    model = dataclasses.replace(base.model, num_layers=3, bigram_vocab_size=0, untie_frac=0.0, **off)
+    schedule = dataclasses.replace(base.schedule, windows=(), final_windows=(), stop_step=10)
+    config = dataclasses.replace(base, model=model, schedule=schedule)
+    small = dataclasses.replace(config, model=dataclasses.replace(model, num_layers=1))
+    _, taught = train(small, tmp_path)
+    grown = dataclasses.replace(config, grown_from=small.run_id)
+    _, out = train(grown, tmp_path, taught / "checkpoints")
+    first, last = rows(out / "val.csv")[0], rows(taught / "val.csv")[-1]
+    assert float(first["val_loss"]) == pytest.approx(float(last["val_loss"]), abs=1e-4)
+    wide = dataclasses.replace(grown, model=dataclasses.replace(model, head_dim=20))
+    with pytest.raises(ValueError, match="controls.growth: the student can't start from"):
+        train(wide, tmp_path, taught / "checkpoints")
+
+
+def test_the_anchor_brackets_a_measured_run_and_changes_nothing_else(tiny_runs, train, tmp_path):
+    config = dataclasses.replace(pick(tiny_runs, "ce"), clock="measured", modelled_tflops=0.0)
+    runs = [train(dataclasses.replace(config, anchor_steps=n), tmp_path)[1] for n in (0, 3)]
+    cells = [rows(out / "summary.csv")[0] for out in runs]
+    assert cells[0]["anchor_before_ms"] == cells[0]["anchor_after_ms"] == ""
+    assert float(cells[1]["anchor_before_ms"]) > 0 < float(cells[1]["anchor_after_ms"])
+    losses = [[row["val_loss"] for row in rows(out / "val.csv")] for out in runs]
+    assert losses[0] == losses[1]  # not even the random state
 
 
 class Killed(BaseException):

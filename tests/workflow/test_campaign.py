@@ -39,12 +39,12 @@ def test_every_stage_leaves_its_result(finished):
         kd/full.csv controls.csv tables/curves.csv tables/runs.csv tables/compare.csv tables/teachers.csv
         tables/reached.csv tables/verdict.csv tables/steps_saved_trend.csv tables/break_even.csv
         tables/stop_conditions.csv tables/teacher_budget10_summary.csv tables/ledger.csv verdict.json
-        report/index.html figures/val_loss_steps.svg""".split()
+        ce/screen.csv tables/tuning.csv report/index.html figures/val_loss_steps.svg""".split()
     assert [name for name in expected if not (results / name).is_file()] == []
     runs = rows(results / "tables/runs.csv")
     assert {r["arm"] for r in runs} == {
-        *("ce", "probe", "teacher", "isolate", "screen", "kd"),
-        *("control_boost", "control_random", "control_smooth", "control_extra"),
+        *("ce", "ce_screen", "probe", "teacher", "isolate", "screen", "kd"),
+        *("control_boost", "control_random", "control_tuned", "control_smooth", "control_extra"),
     }
     assert {r["status"] for r in runs} == {"ok"}
 
@@ -102,7 +102,8 @@ def test_one_temperature_trains_its_point_and_what_follows(changed):
     promoted = json.loads((changed.path / "results/tiny/kd/promoted.json").read_text())["points"]
     follows = [name for name in new if promoted == ["T3-boost1.5-hold0.15-drop0.35"] and "-t3-" in name]
     assert len(screened) == (4 if follows else 1)  # the point; if promoted, its random teacher and two seeds there too
-    assert set(new) == {*screened, *follows}
+    policies = [name for name in new if name.startswith("celr-")]  # CE with the LR of the runs that follow
+    assert set(new) == {*screened, *follows, *policies} and bool(policies) == bool(follows)
 
 
 def test_kd_from_ngrams_is_an_arm_beside_the_sweep(changed):
@@ -191,14 +192,18 @@ def test_editing_the_loss_trains_again_unless_code_is_frozen(changed):
     assert "train" not in jobs(changed.run("-n", *frozen))
 
 
-def test_forgotten_results_are_made_again(changed):
+def test_forgotten_results_are_made_again_in_one_go(changed):
+    """A CE run and the teacher: what they decide is decided again, and comes out as it was."""
     before, tables = changed.attempts(), changed.tables()
-    run_id = rows(changed.path / "results/tiny/ce/timing.csv")[0]["run_id"]
-    subprocess.run([".venv/bin/python", "-m", "kdclimb", "retry", "--run", run_id], cwd=changed.path, check=True)
-    assert not (changed.path / "results/runs" / run_id).exists()
-    changed.run(*TINY)
+    selected = json.loads((changed.path / "results/tiny/teacher/selected.json").read_text())["run_id"]
+    for run_id in (rows(changed.path / "results/tiny/ce/timing.csv")[0]["run_id"], selected):
+        subprocess.run([".venv/bin/python", "-m", "kdclimb", "retry", "--run", run_id], cwd=changed.path, check=True)
+        assert not (changed.path / "results/runs" / run_id).exists()
+    output = changed.run(*TINY)
+    assert "<TBD>" not in output.split("Updating checkpoint dependencies.")[-1]
     assert changed.attempts() == before  # its count starts again, and no other run was started
     assert changed.tables() == tables
+    assert "Nothing to be done" in changed.run("-n", *TINY)
 
 
 def test_one_target_alone(checkout):
@@ -368,9 +373,13 @@ def test_shipped_campaigns_dry_run(checkout, config):
     campaign = yaml.safe_load((ROOT / config).read_text())["campaign"]
     assert output.splitlines()[0].startswith(f"kdclimb: campaign {campaign} on cuda")
     planned = jobs(output)
-    assert planned.count("train") == 3 * 3 + 1 + 7 and {"data", "kd_screen", "compare", "ledger", "report"} <= set(
-        planned
-    )
+    assert planned.count("train") == 3 * 3 + 1 + 108 + 7 and {
+        "data",
+        "kd_screen",
+        "compare",
+        "ledger",
+        "report",
+    } <= set(planned)
 
 
 def test_plain_snakemake_works_in_a_prepared_environment(finished):

@@ -5,9 +5,10 @@ import json
 from kdclimb.analysis import compare
 from kdclimb.analysis.tables import run_script
 
-INPUTS = "budget probe projected trained measured selected target screen promoted".split()
+INPUTS = "budget probe projected trained measured selected target screen ce_screen promoted".split()
 OUTPUTS = [
-    f"out_{name}" for name in "curves runs compare teachers reached tests trend break_even stop summary verdict".split()
+    f"out_{name}"
+    for name in "curves runs compare teachers reached tests trend break_even stop tuning summary verdict".split()
 ]
 OPTIONS = {"rules": json.loads, "clock": str, "exploratory": bool}
 

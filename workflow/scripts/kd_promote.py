@@ -4,4 +4,4 @@ from kdclimb.analysis import selection
 from kdclimb.analysis.tables import run_script
 
 if __name__ == "__main__":
-    raise SystemExit(run_script(__doc__, selection.kd_promote, "screen", "out", promote=int))
+    raise SystemExit(run_script(__doc__, selection.kd_promote, "screen", "ce_screen", "out", promote=int))

@@ -15,6 +15,7 @@ parser.add_argument("--out", type=Path, required=True, help="results/runs/<run_i
 parser.add_argument("--manifest", type=Path, required=True, help="manifest.json of the prepared data")
 parser.add_argument("--teacher", type=Path, help="checkpoints/ folder of the teacher's run")
 parser.add_argument("--cache", type=Path, help="folder of the cache of the teacher's targets, with kd.cache")
+parser.add_argument("--policy", type=Path, help="summary.csv of the run that lr_policy names")
 parser.add_argument("--threads", type=int, required=True)
 parser.add_argument("--code", choices=("track", "frozen"), default="track", help="frozen: keep a run of any code")
 parser.add_argument("--attempt", type=int, default=1, help="which attempt this is, of --attempts")
@@ -34,6 +35,7 @@ if __name__ == "__main__":
             any_code=args.code == "frozen",
             last_attempt=args.attempt >= args.attempts,
             cache=args.cache,
+            policy=args.policy,
             give_up=args.attempt > args.attempts,
         )
     except ValueError as error:
