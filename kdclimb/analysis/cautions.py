@@ -75,7 +75,9 @@ def _of_verdict(runs: Sequence[RunFolder], verdict: dict) -> list[dict]:
         rows.append(_row("tests", "seeds", words))
     if "On the edge of its grid: " in (tuning := verdict["tuning"]):
         edges = tuning.split("On the edge of its grid: ")[1].rstrip(".")
-        rows.append(_row("screen", "edge", f"the chosen point lies on an edge of the grid ({edges}): a wider one may do"))
+        rows.append(
+            _row("screen", "edge", f"the chosen point lies on an edge of the grid ({edges}): a wider one may do")
+        )
     there = {run.arm for run in runs if run.ok}
     if verdict["point"] and (missing := [name for arm, name in CONTROLS.items() if arm not in there]):
         rows.append(_row("controls", "controls", f"not controlled for: {', '.join(missing)}"))

@@ -6,7 +6,6 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from pathlib import Path
 
 from scipy.optimize import isotonic_regression
 from scipy.stats import t as student_t
@@ -19,9 +18,7 @@ from kdclimb.schedule import mtp_weights
 
 BLOCKS = 60  # rows of a run's trace at most, so that a report of hundreds of runs stays small enough to send
 SPIKE = 2.0  # a block with a step of more than this many of the run's median steps has a spike
-STEP_COLUMNS = (
-    "step tokens train_time_ms lr_mult batch_tokens loss_hard kd_norm kd_share kd_active grad_norm".split()
-)
+STEP_COLUMNS = "step tokens train_time_ms lr_mult batch_tokens loss_hard kd_norm kd_share kd_active grad_norm".split()
 TRACE_COLUMNS = (
     "run_id step tokens train_time_ms time_with_teacher_ms train_loss lr_mult step_ms step_ms_max spike phase kd_share "
     "kd_norm grad_norm"
