@@ -70,8 +70,8 @@ def tables_of(runs: Sequence[RunFolder], teacher: dict, verdict: dict | None, co
 
 
 def headline_rows(compared: list[dict], tested: list[dict], verdict: dict, budget: dict) -> list[dict]:
-    """Rows of HEADLINE_COLUMNS: the four savings of the judged point, each with the range of its seeds and the ratio with
-    its interval, and the teacher's time beside its budget (ms).
+    """Rows of HEADLINE_COLUMNS: the four savings of the judged point, each with the range of its seeds and the ratio
+    with its interval, and the teacher's time beside its budget (ms).
     """
     point = verdict["point"]
     pairs = [pair["kd"] for pair in pair_up(compared, point) if pair["outcome"] == "both"] if point else []

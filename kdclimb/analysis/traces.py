@@ -105,8 +105,8 @@ def _phase(run: RunFolder, step: int) -> str:
 
 
 def horizon_rows(runs: Sequence[RunFolder], confidence: float) -> list[dict]:
-    """Where runs of CE and of each KD point end by their horizon: rows of HORIZON_COLUMNS, by seed and (seed empty) over
-    the seeds.
+    """Where runs of CE and of each KD point end by their horizon: rows of HORIZON_COLUMNS, by seed, and without one
+    over all.
 
     `fitted` (nats) is the monotone fit that the shortest complete horizon is read from; over the seeds it fits their
     means, and low and high are Student's interval of the mean at `confidence`, from three seeds on.
@@ -155,9 +155,9 @@ def _interval(values: list[float], confidence: float) -> dict:
 
 
 def page_rows(runs: Sequence[RunFolder]) -> list[dict]:
-    """Rows of PAGE_COLUMNS: the run that each is held against, the command that repeats it, and what lies in its folder.
+    """Rows of PAGE_COLUMNS: the run that each is held against, the command that repeats it, what lies in its folder.
 
-    A student's base is the CE run of its horizon and seed; a teacher's, a CE run's or an isolate's the first of its arm.
+    A student's base is the CE run of its horizon and seed; of a teacher, a CE run or an isolate the first of its arm.
     """
     ce, first = {}, {}
     for run in runs:

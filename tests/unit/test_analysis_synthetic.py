@@ -13,6 +13,7 @@ from configs import merged
 
 from kdclimb import campaign as campaigns
 from kdclimb import expansion
+from kdclimb.analysis.details import OUTPUTS as DETAILS
 from kdclimb.analysis.tables import RunFolder
 from kdclimb.artifacts import SUMMARY_COLUMNS
 from kdclimb.config import RunConfig
@@ -289,7 +290,13 @@ class SyntheticCampaign:
         outputs += [f"--out-summary={p('tables/teacher_budget10_summary.csv')}"]
         self.script("compare", *self.flags(), *decisions, *filters, *outputs)
         self.script("ledger", *self.flags(), "--target", p("target.json"), "--out", p("tables/ledger.csv"))
-        tables = [f"--{name}={p(f'tables/{name}.csv')}" for name in ("curves", "runs", "compare", "teachers", "ledger")]
+        details = [f"--out-{name.replace('_', '-')}={p(f'tables/{name}.csv')}" for name in DETAILS]
+        found = "--compare", p("tables/compare.csv"), "--tests", p("tables/verdict.csv"), "--verdict", p("verdict.json")
+        self.script("details", *self.flags(), *decisions[:4], *found, "--confidence", "0.95", *details)
+        tables = [f"--{name.replace('_', '-')}={p(f'tables/{name}.csv')}" for name in DETAILS]
+        tables += [
+            f"--{name}={p(f'tables/{name}.csv')}" for name in ("curves", "runs", "compare", "teachers", "ledger")
+        ]
         tables += [f"--{name}={p(f'kd/{name}.csv')}" for name in ("isolates", "screen", "full")]
         tables += [f"--reached={p('tables/reached.csv')}", f"--tests={p('tables/verdict.csv')}"]
         tables += [f"--stop={p('tables/stop_conditions.csv')}"]

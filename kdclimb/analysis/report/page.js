@@ -109,6 +109,7 @@
       y: known.map((row) => row[y]),
       name: escaped(arm.name ?? run.arm),
       line: { color: colour(run.arm), dash: DASHES[arm.dash] ?? "solid", width: 1.8 },
+      marker: { symbol: SYMBOLS[run.arm] ?? "circle-open", size: 6 },
       customdata: known.map(() => run.run_id),
       hovertemplate: known.map((row) => hover(nameOf(run), row, [...new Set(["step", x, y])])),
       ...more,
@@ -188,18 +189,18 @@
 
   // ---- the charts: each returns [traces, layout]
 
-  const AT_HORIZON = ["ce", "kd", "ngram", "control_boost", "control_smooth", "log"];
+  const AT_HORIZON = ["ce", "kd", "ngram", "control_boost", "control_smooth", "log", "control_extra"];
 
+  // Of these arms, the runs at the chosen horizon; CE with the teacher's time in steps has one of its own.
   function idsAtHorizon(arms = AT_HORIZON) {
-    const mine = [...runs.values()].filter((row) => row.horizon === state.horizon || row.arm === "control_extra" && !arms.includes("one"));
-    return [...arms, "control_extra"].flatMap((arm) => arms.includes(arm) || arm === "control_extra" && arms === AT_HORIZON
-      ? mine.filter((row) => row.arm === arm).map((row) => row.run_id) : []);
+    const mine = [...runs.values()].filter((row) => row.horizon === state.horizon || row.arm === "control_extra");
+    return arms.flatMap((arm) => mine.filter((row) => row.arm === arm).map((row) => row.run_id));
   }
 
   function lossChart() {
     const source = state.y === "val_loss" ? curves : traces;
     const ids = idsAtHorizon();
-    const lines = ids.map((id) => line(source.get(id) ?? [], state.x, state.y, runs.get(id)));
+    const lines = ids.map((id) => line(source.get(id) ?? [], state.x, state.y, runs.get(id), state.y === "val_loss" ? { mode: "lines+markers" } : {}));
     for (const trace of lines) if (trace.name === escaped(data.arms.control_extra.name)) trace.visible = "legendonly";
     const kd = ids.filter((id) => runs.get(id).arm === "kd");
     const strip = kd.length ? phaseStrip(kd[0], state.x) : { shapes: [], annotations: [] };
@@ -215,6 +216,7 @@
     const kd = ids.filter((id) => runs.get(id).arm === "kd");
     const strip = kd.length ? phaseStrip(kd[0], "step") : { shapes: [], annotations: [] };
     const lines = ids.map((id) => line(traces.get(id) ?? [], "step", column, runs.get(id)));
+    lines.forEach((trace, i) => { if (runs.get(ids[i]).arm === "ce") trace.line.dash = "dash"; });
     return [oneEntry(lines), layout("step", words, { ...strip, yaxis: column === "step_ms" ? { rangemode: "tozero" } : {} })];
   };
 
@@ -273,7 +275,7 @@
       const holding = rows.filter((row, j) => j === i || j > i);
       return { type: "bar", orientation: "h", name: escaped(i ? `up to ${part.label}` : part.label), y: holding.map((row) => row.label), width: 0.55,
         x: holding.map(() => part.step_ms_median), customdata: holding.map(() => part.run_id),
-        marker: { color: css(hues[i % 5]), pattern: { shape: patterns[i % 5], fgcolor: css("card"), size: 6 }, line: { color: css("card"), width: 1 } },
+        marker: { color: css(hues[i % 5]), pattern: { shape: patterns[i % 5], fillmode: "overlay", fgcolor: css("card"), size: 7 }, line: { color: css("card"), width: 1 } },
         hovertemplate: holding.map(() => hover(part.label, part, ["step_ms_median", "ratio_to_ce", "device", "threads"])) };
     });
     const ordered = [...parts].sort((a, b) => Math.max(...b.x) - Math.max(...a.x)); // the widest is drawn first

@@ -152,13 +152,15 @@ def curves_section(page: Page) -> str:
         + f'<label class="select">Horizon <select name="horizon">{options}</select></label></div>'
     )
     words = (
-        "One line a seed; the circle is where KD stopped, the strip on top KD's phases: A with KD, B blending to C, the "
-        "tail. Choose what it is drawn over above; click a line to see its run alone in all tables."
+        "One line a seed; the circle is where KD stopped, the strip on top KD's phases: A with KD, B blending to C, "
+        "the tail. Choose what it is drawn over above; click a line to see its run alone in all tables."
     )
     timed = "The same over training time. Dotted: KD moved right by what its teacher took to train."
     deltas = page.figure("step_deltas", "Milliseconds of a step over steps, median of each block of steps, CE and KD.")
     rate = page.figure("lr_phases", "The LR multiplier over steps, with KD's phases on it.")
-    lead = f"Every arm at the full horizon, {page.horizon} steps, on the same data, batch and LR schedule. Step 0 is left out."
+    lead = (
+        f"Every arm at the full horizon, {page.horizon} steps, on the same data, batch and LR schedule; without step 0."
+    )
     return section(
         "Validation curves",
         lead,
@@ -336,7 +338,7 @@ def teachers_section(page: Page) -> str:
     rows = table(page.data["teachers"], columns, "no candidate was tried", lambda row: row["verdict"] == "selected")
     figure = page.figure(
         "teachers",
-        "Training time against loss. Left of the dashed line is within the budget; the rejected are grey, with the reason.",
+        "Training time against loss. Left of the dashed line is within the budget; the rejected are grey.",
     )
     return section("Teachers", lead, page.warnings("teachers"), figure, rows, page.links("teachers", "summary"))
 
@@ -439,7 +441,7 @@ def horizon_section(page: Page) -> str:
         "Where runs end that were planned for so many steps. The shortest horizon at which a curve meets the target is "
         "what a speedrun would pay; where the curves lie level, KD saves nothing."
     )
-    words = "Final loss by horizon, log scale: a point a seed, the monotone fit through the means, Student&rsquo;s interval."
+    words = "Final loss by horizon (log): a point a seed, the monotone fit through the means, Student&rsquo;s interval."
     figure = page.figure("horizon_curve", words)
     return section("Complete horizons", lead, figure, page.links("horizon_curve", "reached"))
 
@@ -498,15 +500,15 @@ class Section(NamedTuple):
 
 SECTIONS = (
     Section(("verdict", "headline", "compare", "tests"), "Verdict", verdict_section),
-    Section(("budget", "selected", "verdict", "target", "timing"), "Teacher budget", budget_section),
-    Section(("tests", "reached", "verdict"), "How sure", tests_section),
     Section(("curves", "traces"), "Validation curves", curves_section),
+    Section(("tests", "reached", "verdict"), "How sure", tests_section),
     Section(("horizon_curve", "reached"), "Complete horizons", horizon_section),
     Section(("trend",), "Where KD saves", trend_section),
     Section(("compare", "target", "full", "runs"), "Steps and time to the target", compare_section),
     Section(("break_even",), "Break-even", break_even_section),
     Section(("verdict", "curves"), "Is KD alive?", alive_section),
     Section(("compare", "controls"), "Controls", controls_section),
+    Section(("budget", "selected", "verdict", "target", "timing"), "Teacher budget", budget_section),
     Section(("teachers", "summary"), "Teachers", teachers_section),
     Section(("screen", "verdict"), "KD screen", screen_section),
     Section(("isolates",), "Cost of a step", isolates_section),
