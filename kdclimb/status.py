@@ -79,7 +79,7 @@ def state(campaign: Campaign, root: Path, results: Path) -> State:
     return State(
         campaign,
         planned,
-        ended(planned.named, runs),
+        ended(campaign, planned.named, runs),
         list(in_flight(planned.named, runs)),
         _json(folder / "budget.json"),
         _json(folder / "teacher/selected.json"),

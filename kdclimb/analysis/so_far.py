@@ -1,6 +1,6 @@
 """The report of a campaign that is not finished: the tables that its runs allow so far, and the page made of them.
 
-All goes to `so_far/` in the campaign's folder, a place of its own: what the workflow makes has one writer, the workflow.
+All goes to `so_far/` in the campaign's folder: what the workflow makes has one writer, the workflow.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from kdclimb.analysis.details import tables_of
 from kdclimb.analysis.report import INPUTS, report
 from kdclimb.analysis.tables import RUN_COLUMNS, AnalysisError, RunFolder, read_json, write_csv
 from kdclimb.artifacts import write_json
-from kdclimb.expansion import Run
+from kdclimb.expansion import Run, tables
 from kdclimb.sections import Campaign
 
 MADE_BY_STAGES = {  # where the workflow puts what a stage leaves
@@ -42,7 +42,7 @@ def report_so_far(campaign: Campaign, named: list[Run], folder: Path, runs: Path
     Raises AnalysisError for a malformed file; one that is missing is said on the page.
     """
     out = folder / "so_far"
-    found = ended(named, runs)
+    found = ended(campaign, named, runs)
     files = {name: folder / MADE_BY_STAGES.get(name, f"tables/{name}.csv") for name in INPUTS}
     files |= _write_tables(campaign, found, files, out / "tables")
     page = out / "report/index.html"
@@ -50,10 +50,17 @@ def report_so_far(campaign: Campaign, named: list[Run], folder: Path, runs: Path
     return page
 
 
-def ended(named: list[Run], runs: Path) -> list[RunFolder]:
-    """Those of the named runs that ended here, however."""
-    there = [run for run in named if (runs / run.run_id / "status.json").is_file()]
-    return [RunFolder.read(f"{run.arm}|{run.label}|{runs / run.run_id}") for run in there]
+def ended(campaign: Campaign, named: list[Run], runs: Path) -> list[RunFolder]:
+    """Those of the named runs that ended here, however, and the counted and imported ones that are there."""
+    places = [(run.arm, run.label, run.run_id) for run in (*named, *tables(campaign, _data_of(named)))]
+    places += [("imported", run_id, run_id) for run_id in campaign.teacher.imported]
+    places += [("log", run_id, run_id) for run_id in campaign.baseline.imports]
+    there = [place for place in places if (runs / place[2] / "status.json").is_file()]
+    return [RunFolder.read(f"{arm}|{label}|{runs / run_id}") for arm, label, run_id in there]
+
+
+def _data_of(named: list[Run]) -> str:
+    return next((run.config.data.id for run in named), "unprepared")
 
 
 def _write_tables(campaign: Campaign, runs: list[RunFolder], files: dict[str, Path], out: Path) -> dict[str, Path]:

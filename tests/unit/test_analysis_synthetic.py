@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import runpy
+import statistics
 import sys
 from pathlib import Path
 
@@ -134,6 +135,7 @@ def write_run(runs, config, val=(), step_ms=10.0, status="ok", reason="", shares
         losses = [loss for step, loss in val if step]
         row |= {"device": "cpu", "threads": 2, "shared_device": 0, "code_hash": "c0de00000000", "data_hash": "0123"}
         row |= {"steps": len(durations), "tokens": tokens[-1], "train_time_ms": times[-1], "broken": 0}
+        row |= {"step_ms_median": statistics.median(durations) if durations else ""}
         row |= {"params_stored": 2000000, "params_active": 1000000, "flops_per_token": 6000000.0}
         row |= {"best_val": min(losses, default=""), "final_val": losses[-1] if losses else ""}
     row |= summary
@@ -203,9 +205,11 @@ PINNED = {
 class SyntheticCampaign:
     """A campaign over made-up runs: every script in the workflow's order, fed as the workflow feeds it."""
 
-    def __init__(self, folder, clock="measured"):
+    def __init__(self, folder, clock="measured", **changes):
         settings = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
         for section, values in PINNED.items():
+            settings[section] |= values
+        for section, values in changes.items():
             settings[section] |= values
         settings["device"], settings["budget"]["clock"] = "cpu", clock
         self.campaign = campaigns.load(settings, ROOT)
