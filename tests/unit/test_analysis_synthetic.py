@@ -15,6 +15,7 @@ from configs import merged
 from kdclimb import campaign as campaigns
 from kdclimb import expansion
 from kdclimb.analysis.details import OUTPUTS as DETAILS
+from kdclimb.analysis.report import INPUTS
 from kdclimb.analysis.tables import RunFolder
 from kdclimb.artifacts import SUMMARY_COLUMNS
 from kdclimb.config import RunConfig
@@ -297,22 +298,19 @@ class SyntheticCampaign:
         details = [f"--out-{name.replace('_', '-')}={p(f'tables/{name}.csv')}" for name in DETAILS]
         found = "--compare", p("tables/compare.csv"), "--tests", p("tables/verdict.csv"), "--verdict", p("verdict.json")
         self.script("details", *self.flags(), *decisions[:4], *found, "--confidence", "0.95", *details)
-        tables = [f"--{name.replace('_', '-')}={p(f'tables/{name}.csv')}" for name in DETAILS]
-        tables += [
-            f"--{name}={p(f'tables/{name}.csv')}" for name in ("curves", "runs", "compare", "teachers", "ledger")
-        ]
-        tables += [f"--{name}={p(f'kd/{name}.csv')}" for name in ("isolates", "screen", "full")]
-        tables += [f"--reached={p('tables/reached.csv')}", f"--tests={p('tables/verdict.csv')}"]
-        tables += [f"--stop={p('tables/stop_conditions.csv')}"]
-        tables += [f"--summary={p('tables/teacher_budget10_summary.csv')}"]
-        tables += [f"--trend={p('tables/steps_saved_trend.csv')}", f"--break-even={p('tables/break_even.csv')}"]
-        tables += [
-            f"--timing={p('ce/timing.csv')}",
-            f"--controls={p('controls.csv')}",
-            f"--verdict={p('verdict.json')}",
-        ]
         out = "--campaign", "default", "--figures", p("figures"), "--out", p("report/index.html")
-        self.script("report", *tables, *decisions, *out)
+        self.script(
+            "report", *(f"--{name.replace('_', '-')}={path}" for name, path in self.report_files().items()), *out
+        )
+
+    def report_files(self):
+        """{name: path} of what the report reads."""
+        places = {"timing": "ce/timing.csv", "selected": "teacher/selected.json", "controls": "controls.csv"}
+        places |= {name: f"kd/{name}.csv" for name in ("isolates", "screen", "full")}
+        places |= {name: f"{name}.json" for name in ("budget", "target", "verdict")}
+        names = {"tests": "verdict", "trend": "steps_saved_trend", "stop": "stop_conditions"}
+        names |= {"summary": "teacher_budget10_summary"}
+        return {name: self.path(places.get(name, f"tables/{names.get(name, name)}.csv")) for name in INPUTS}
 
     def run_all(self):
         self.baseline()

@@ -255,8 +255,9 @@
     const lost = rows.filter((row) => (row.final_val == null || row.train_time_ms == null) && row.projected_ms != null);
     if (lost.length) {
       const losses = rows.map((row) => row.final_val).filter((value) => value != null);
-      const floor = losses.length ? Math.min(...losses) : 0;
-      points.push({ type: "scatter", mode: "markers", name: "rejected on its projection", x: lost.map((row) => row.projected_ms), y: lost.map(() => floor),
+      const [low, high] = losses.length ? [Math.min(...losses), Math.max(...losses)] : [0, 1];
+      const floor = low - 0.12 * (high - low || 1); // below all losses, since these have none
+      points.push({ type: "scatter", mode: "markers", name: "rejected on its projection: no loss", x: lost.map((row) => row.projected_ms), y: lost.map(() => floor),
         customdata: lost.map((row) => row.probe_run_id), marker: { symbol: "triangle-down-open", color: css("muted"), size: 10 },
         hovertemplate: lost.map((row) => hover(`${row.candidate}: ${row.verdict}`, row, ["projected_ms", "budget_ms", "reason"])) });
     }

@@ -104,7 +104,8 @@ def budget_section(page: Page) -> str:
     budget, teacher, share = page.data["budget"], page.data["selected"], page.data["verdict"]["budget_share"]
     terms = (
         f"CE takes {show_ms(budget['ce_train_time_ms'])} over {budget['horizon']} steps (median of its seeds; "
-        f"{escape(str(budget['device']))}, {text('threads')(budget)} threads, {escape(budget['clock'])} clock). "
+        f"{escape(str(budget['device']))}, {text('threads')(budget)} thread{'s' * (budget['threads'] != 1)}, "
+        f"{escape(budget['clock'])} clock). "
         f"A teacher may take {budget['fraction']:.0%} of that: {show_ms(budget['budget_ms'])}."
     )
     if teacher["run_id"] is None:
