@@ -20,7 +20,8 @@ def by_step(axes: Axes, data: dict, column: str, horizon: int) -> bool:
     runs = {r["run_id"]: r for r in data["runs"] or () if r["arm"] in ("kd", "ce") and r["horizon"] == horizon}
     drawn = False
     for arm in ("ce", "kd"):
-        name, colour, dashes = ARM_STYLE[arm]
+        name, colour, _ = ARM_STYLE[arm]
+        dashes = "--" if arm == "ce" else "-"  # they cross too often to be told apart by colour alone
         for run_id in (run_id for run_id, run in runs.items() if run["arm"] == arm):
             rows = [r for r in data["traces"] or () if r["run_id"] == run_id and r[column] is not None]
             place = [r["step"] for r in rows], [r[column] for r in rows]
@@ -112,7 +113,7 @@ def sweep_parallel(axes: Axes, screen: list[dict] | None) -> bool:
     axes.tick_params(axis="x", pad=12)
     axes.set_yticks([])
     axes.set_ylim(-0.06, 1.12)
-    axes.spines["left"].set_visible(False)
+    axes.spines[["left", "bottom"]].set_visible(False)
     return True
 
 

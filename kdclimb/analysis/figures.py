@@ -216,8 +216,9 @@ def _isolates(axes: Axes, isolates: list[dict]) -> bool:
     colours, hatches = ("ce", "random", "kd", "boost", "muted"), ("", "///", "xxx", "...", "---")
     for i in sorted(range(len(rows)), key=lambda i: -times[i]):  # each holds all above it: a stack
         style = {"color": COLOURS[colours[i % 5]], "hatch": hatches[i % 5], "edgecolor": "white", "linewidth": 0}
-        axes.barh([row["label"] for row in rows[i:]], times[i], height=0.5, **style)
-    bars = axes.barh([row["label"] for row in rows], times, color="none", height=0.5)
+        axes.barh(range(i, len(rows)), times[i], height=0.5, **style)
+    bars = axes.barh(range(len(rows)), times, color="none", height=0.5)
+    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
     texts = []
     for row in rows:
         ratio = "" if row["ratio_to_ce"] is None else f"  ({row['ratio_to_ce']:.2f}x CE)"
