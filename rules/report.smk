@@ -1,7 +1,4 @@
 # Tables -> the page and its figures. Computes nothing.
-import hashlib
-
-
 localrules:
     report,
     mirror,
@@ -11,12 +8,6 @@ FIGURES = (
     "val_loss_steps val_loss_time teachers kd_alive isolates steps_saved_trend step_deltas lr_phases horizon_curve break_even"
     " sweep_parallel sweep_knobs"
 ).split()
-
-
-def assets_hash():
-    """Of the page's style and script, which are no Python that `code` could see."""
-    files = sorted((ROOT / "kdclimb/analysis/report").glob("page.*"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 rule report:
