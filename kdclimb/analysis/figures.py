@@ -216,7 +216,8 @@ def _isolates(axes: Axes, isolates: list[dict]) -> bool:
     colours, hatches = ("ce", "random", "kd", "boost", "muted"), ("", "///", "xxx", "...", "---")
     for i in sorted(range(len(rows)), key=lambda i: -times[i]):  # each holds all above it: a stack
         style = {"color": COLOURS[colours[i % 5]], "hatch": hatches[i % 5], "edgecolor": "white", "linewidth": 0}
-        axes.barh(range(i, len(rows)), times[i], height=0.5, **style)
+        holding = [i, *(j for j in range(i + 1, len(rows)) if times[j] >= times[i])]
+        axes.barh(holding, times[i], height=0.5, **style)
     bars = axes.barh(range(len(rows)), times, color="none", height=0.5)
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
     texts = []

@@ -390,14 +390,14 @@
     ];
   }
 
-  // Each isolate holds all of the one above it: drawn one over the other, the widest first, they read as a stack.
+  // Each isolate holds all of those above it that are shorter: drawn one over the other, the widest first, a stack.
   function isolateChart() {
     const rows = table("isolates").filter((row) => row.step_ms_median != null);
     const names = rows.map((row) => row.label);
     const hues = ["ce", "random", "kd", "boost", "muted"];
     const patterns = ["", "/", "x", ".", "-"];
     const parts = rows.map((part, i) => {
-      const holding = rows.filter((row, j) => j === i || j > i);
+      const holding = rows.filter((row, j) => j === i || (j > i && row.step_ms_median >= part.step_ms_median));
       return {
         type: "bar",
         orientation: "h",
