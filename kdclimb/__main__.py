@@ -3,6 +3,8 @@ between machines; and teachers and runs from elsewhere.
 
 python -m kdclimb explain kd.stop_margin              # one key; a section lists its keys
 python -m kdclimb plan --configfile config/h100.yaml  # runs, tokens and time, before anything runs
+python -m kdclimb status                              # how far the campaign is
+python -m kdclimb report                              # the report of what is there, at any moment
 python -m kdclimb retry --status oom                  # every run that ended out of memory
 python -m kdclimb retry --run ce-3x128-100-s0-...     # this run, however it ended
 python -m kdclimb bundle export tiny.zip              # a campaign's finished runs and files
@@ -54,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_explain(commands, config)
     plan_ = commands.add_parser("plan", help="what a config would run, before anything runs", parents=[config, results])
     plan_.set_defaults(call=foresee)
+    _add_state(commands, config, results)
     _add_retry(commands, results)
     _add_bundle(commands, config, results)
     _add_import(commands, config, results)
@@ -76,6 +79,14 @@ def _add_explain(commands, config) -> None:
     what = about.add_mutually_exclusive_group()
     what.add_argument("key", metavar="KEY", nargs="?", default="", help="such as kd.alpha, or a section (default: all)")
     what.add_argument("--write", action="store_true", help="write config/README.md anew from config/schema.yaml")
+
+
+def _add_state(commands, config, results) -> None:
+    status = commands.add_parser("status", help="how far a campaign is", parents=[config, results])
+    status.set_defaults(call=tell_status)
+    about = "the report of an unfinished campaign, from what is there, in its folder so_far/"
+    page = commands.add_parser("report", help=about, description=about, parents=[config, results])
+    page.set_defaults(call=report_so_far)
 
 
 def _add_retry(commands, results) -> None:
@@ -134,6 +145,30 @@ def foresee(args: argparse.Namespace) -> str:
     """What `plan` prints. Raises ConfigError for a wrong config, AnalysisError for a result that can't be read."""
     root = schema_path().parent.parent
     return plan.plan(load(explain.read_config(args.configfile), root), root, args.results)
+
+
+def tell_status(args: argparse.Namespace) -> str:
+    """What `status` prints. Raises ConfigError for a wrong config, AnalysisError for a run that can't be read."""
+    from rich.console import Console  # here, as below: other commands need none of it
+
+    from kdclimb import status
+
+    root, console = schema_path().parent.parent, Console()
+    with console.capture() as captured:
+        status.show(status.state(load(explain.read_config(args.configfile), root), root, args.results), console)
+    return captured.get().rstrip()
+
+
+def report_so_far(args: argparse.Namespace) -> str:
+    """What `report` prints. Raises ConfigError for a wrong config, AnalysisError for a file that can't be read."""
+    from kdclimb import status
+    from kdclimb.analysis import so_far
+
+    root = schema_path().parent.parent
+    campaign = load(explain.read_config(args.configfile), root)
+    found, folder = status.state(campaign, root, args.results), args.results / campaign.campaign
+    page = so_far.report_so_far(campaign, found.planned.named, folder, args.results / "runs", found.words)
+    return f"{found.words}\nwritten: {page}"
 
 
 def export_bundle(args: argparse.Namespace) -> str:

@@ -1,5 +1,6 @@
 # What all rules share: the validated campaign, its runs, and helpers to ask for them. No rules here.
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -232,6 +233,12 @@ def run_flags(*arms):
 def code(rule):
     """The hash of a rule's script and all it imports: Snakemake doesn't look inside packages."""
     return source_hash(f"workflow/scripts/{rule}.py")
+
+
+def assets_hash():
+    """Of the report's style and script, which are no Python that `code` could see."""
+    files = sorted((ROOT / "kdclimb/analysis/report").glob("page.*"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def teacher_checkpoints(*configs):

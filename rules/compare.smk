@@ -22,6 +22,7 @@ ALL_ARMS = (
 
 localrules:
     compare,
+    details,
     ledger,
 
 
@@ -46,7 +47,11 @@ rule compare:
             caption="../workflow/report/compare.rst",
             category="Comparison",
         ),
-        teachers=f"{RESULTS}/tables/teachers.csv",
+        teachers=report(
+            f"{RESULTS}/tables/teachers.csv",
+            caption="../workflow/report/teachers.rst",
+            category="Teachers",
+        ),
         reached=f"{RESULTS}/tables/reached.csv",
         tests=report(
             f"{RESULTS}/tables/verdict.csv",
@@ -81,6 +86,45 @@ rule compare:
         " --out-break-even {output.break_even} --out-stop {output.stop} --out-tuning {output.tuning} --out-summary {output.summary}"
         " --out-curves {output.curves} --out-runs {output.runs} --out-compare {output.compare}"
         " --out-teachers {output.teachers} --out-verdict {output.verdict} > {log} 2>&1"
+
+
+# What only the page reads: steps, horizons, configs and warnings. It shows them, and computes nothing.
+rule details:
+    input:
+        runs=summaries(*ALL_ARMS, after="kd_promote"),
+        budget=f"{RESULTS}/budget.json",
+        selected=f"{RESULTS}/teacher/selected.json",
+        compare=f"{RESULTS}/tables/compare.csv",
+        tests=f"{RESULTS}/tables/verdict.csv",
+        verdict=f"{RESULTS}/verdict.json",
+    output:
+        traces=f"{RESULTS}/tables/traces.csv",
+        horizon_curve=f"{RESULTS}/tables/horizon_curve.csv",
+        run_pages=f"{RESULTS}/tables/run_pages.csv",
+        run_configs=f"{RESULTS}/tables/run_configs.csv",
+        warnings=report(
+            f"{RESULTS}/tables/warnings.csv",
+            caption="../workflow/report/warnings.rst",
+            category="Verdict",
+        ),
+        headline=report(
+            f"{RESULTS}/tables/headline.csv",
+            caption="../workflow/report/headline.rst",
+            category="Verdict",
+        ),
+    log:
+        f"{RESULTS}/logs/details.log",
+    conda:
+        "../envs/kdclimb.yaml"
+    params:
+        runs=run_flags(*ALL_ARMS),
+        confidence=CAMPAIGN.verdict.confidence,
+        code=code("details"),
+    shell:
+        "python workflow/scripts/details.py {params.runs} --budget {input.budget} --selected {input.selected}"
+        " --compare {input.compare} --tests {input.tests} --verdict {input.verdict} --confidence {params.confidence}"
+        " --out-traces {output.traces} --out-horizon-curve {output.horizon_curve} --out-run-pages {output.run_pages}"
+        " --out-run-configs {output.run_configs} --out-warnings {output.warnings} --out-headline {output.headline} > {log} 2>&1"
 
 
 rule ledger:

@@ -4,6 +4,12 @@ localrules:
     mirror,
 
 
+FIGURES = (
+    "val_loss_steps val_loss_time teachers kd_alive isolates steps_saved_trend step_deltas lr_phases horizon_curve break_even"
+    " sweep_parallel sweep_knobs"
+).split()
+
+
 rule report:
     input:
         curves=f"{RESULTS}/tables/curves.csv",
@@ -24,6 +30,12 @@ rule report:
         break_even=f"{RESULTS}/tables/break_even.csv",
         stop=f"{RESULTS}/tables/stop_conditions.csv",
         summary=f"{RESULTS}/tables/teacher_budget10_summary.csv",
+        traces=f"{RESULTS}/tables/traces.csv",
+        horizon_curve=f"{RESULTS}/tables/horizon_curve.csv",
+        run_pages=f"{RESULTS}/tables/run_pages.csv",
+        run_configs=f"{RESULTS}/tables/run_configs.csv",
+        warnings=f"{RESULTS}/tables/warnings.csv",
+        headline=f"{RESULTS}/tables/headline.csv",
         budget=f"{RESULTS}/budget.json",
         selected=f"{RESULTS}/teacher/selected.json",
         target=f"{RESULTS}/target.json",
@@ -45,10 +57,30 @@ rule report:
             caption="../workflow/report/teachers.rst",
             category="Teachers",
         ),
-        alive=multiext(f"{RESULTS}/figures/kd_alive", ".svg", ".png"),
-        isolates=multiext(f"{RESULTS}/figures/isolates", ".svg", ".png"),
-        trend=multiext(f"{RESULTS}/figures/steps_saved_trend", ".svg", ".png"),
-        pngs=expand(f"{RESULTS}/figures/{{name}}.png", name=["val_loss_steps", "val_loss_time", "teachers"]),
+        horizons=report(
+            f"{RESULTS}/figures/horizon_curve.svg",
+            caption="../workflow/report/horizons.rst",
+            category="Comparison",
+        ),
+        break_even=report(
+            f"{RESULTS}/figures/break_even.svg",
+            caption="../workflow/report/break_even.rst",
+            category="Comparison",
+        ),
+        sweep=report(
+            multiext(f"{RESULTS}/figures/sweep", "_parallel.svg", "_knobs.svg"),
+            caption="../workflow/report/sweep.rst",
+            category="KD sweep",
+        ),
+        isolates=report(
+            f"{RESULTS}/figures/isolates.svg",
+            caption="../workflow/report/isolates.rst",
+            category="Cost of a step",
+        ),
+        others=expand(
+            f"{RESULTS}/figures/{{name}}.svg", name=["kd_alive", "steps_saved_trend", "step_deltas", "lr_phases"]
+        ),
+        pngs=expand(f"{RESULTS}/figures/{{name}}.png", name=FIGURES),
     log:
         f"{RESULTS}/logs/report.log",
     conda:
@@ -56,13 +88,16 @@ rule report:
     params:
         campaign=CAMPAIGN.campaign,
         code=code("report"),
+        assets=assets_hash(),
     shell:
         "python workflow/scripts/report.py --curves {input.curves} --runs {input.runs} --compare {input.compare}"
         " --teachers {input.teachers} --timing {input.timing} --screen {input.screen}"
         " --ce-screen {input.ce_screen} --tuning {input.tuning}"
         " --isolates {input.isolates} --full {input.full} --controls {input.controls}"
         " --reached {input.reached} --tests {input.tests} --trend {input.trend} --break-even {input.break_even}"
-        " --stop {input.stop} --summary {input.summary}"
+        " --stop {input.stop} --summary {input.summary} --traces {input.traces} --horizon-curve {input.horizon_curve}"
+        " --run-pages {input.run_pages} --run-configs {input.run_configs} --warnings {input.warnings}"
+        " --headline {input.headline}"
         " --ledger {input.ledger} --budget {input.budget} --selected {input.selected}"
         " --target {input.target} --verdict {input.verdict} --campaign {params.campaign}"
         " --figures $(dirname {output.steps}) --out {output.page} > {log} 2>&1"

@@ -108,7 +108,7 @@ def compare(
     limit["horizon"] = max(run.horizon for run in runs if run.arm == "ce")  # a log may have another
     points = read_json(promoted, ["points", "reason"])
     rows = compare_rows([run for run in runs if run.arm in COMPARED_ARMS], goal, teacher)
-    write_csv(out_curves, CURVE_COLUMNS, [row for run in runs for row in _curve(run, teacher)])
+    write_csv(out_curves, CURVE_COLUMNS, [row for run in runs for row in curve_rows(run, teacher)])
     write_csv(out_compare, COMPARE_COLUMNS, rows)
     candidates = read_csv(probe, PROBE_COLUMNS), read_csv(trained, TRAINED_COLUMNS)
     rejected = [read_json(path, ["rejected"])["rejected"] for path in (projected, measured)]
@@ -174,7 +174,8 @@ def reach(runs: list[RunFolder], goal: dict, teacher: dict, amortize: int) -> li
     return found + [by_final(run) for run in judged if run.horizon >= last]
 
 
-def _curve(run: RunFolder, teacher: dict) -> list[dict]:
+def curve_rows(run: RunFolder, teacher: dict) -> list[dict]:
+    """The run's validations as rows of CURVE_COLUMNS."""
     place = {"arm": run.arm, "label": run.label, "run_id": run.run_id, "seed": run.config.seed, "horizon": run.horizon}
     cost = teacher_cost_ms(run, teacher)
     counted = [None if row["train_time_ms"] is None else row["train_time_ms"] + cost for row in run.val]

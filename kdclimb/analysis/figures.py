@@ -16,53 +16,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from kdclimb.analysis import charts
+from kdclimb.analysis.styles import ARM_STYLE, COLOURS, RC, SIZE, legend
 from kdclimb.analysis.tables import show_ms
 from kdclimb.artifacts import write_text, write_via
 
-# Blue, vermilion, green and violet stay apart under the common colour deficiencies; line styles repeat them.
-COLOURS = {
-    "ink": "#20242b",
-    "muted": "#6a717d",
-    "grid": "#dfe3e8",
-    "ce": "#1f6fb4",
-    "kd": "#d5500b",
-    "boost": "#0a8f6a",
-    "random": "#8a5bb5",
-}
-ARM_STYLE = {  # arm: (name, colour, line style)
-    "ce": ("CE", "ce", "-"),
-    "kd": ("KD", "kd", "-"),
-    "screen": ("KD", "kd", "-"),
-    "ngram": ("KD from n-grams", "kd", ":"),
-    "control_boost": ("CE, KD's LR", "boost", "--"),
-    "control_tuned": ("CE, tuned", "ce", "--"),
-    "control_random": ("KD, random teacher", "random", "-."),
-    "control_smooth": ("CE, label smoothing", "muted", "--"),
-    "control_extra": ("CE, teacher's time in steps", "ink", ":"),
-    "control_growth": ("CE, grown", "muted", ":"),
-    "log": ("imported log", "muted", "-."),
-}
-SIZE = (5.4, 3.5)  # inches: as wide as a phone in CSS pixels, so that text keeps its size there
 FIRST_VALIDATIONS = 8
-RC = {
-    "font.size": 9.5,
-    "svg.fonttype": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": COLOURS["muted"],
-    "axes.labelcolor": COLOURS["ink"],
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": COLOURS["grid"],
-    "grid.linewidth": 0.7,
-    "text.color": COLOURS["ink"],
-    "xtick.color": COLOURS["muted"],
-    "ytick.color": COLOURS["muted"],
-    "xtick.labelcolor": COLOURS["ink"],
-    "ytick.labelcolor": COLOURS["ink"],
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-}
 
 
 def draw(folder: Path, data: dict) -> dict[str, str]:
@@ -70,18 +29,32 @@ def draw(folder: Path, data: dict) -> dict[str, str]:
 
     Returns {name: SVG for the report}, where the SVG is empty for a figure with nothing to show.
     """
+    horizon = max((row["horizon"] for row in data["curves"] or () if row["arm"] == "ce"), default=0)
+    target, point = (data["target"] or {}).get("value"), (data["verdict"] or {}).get("point")
     drawings = {
-        "val_loss_steps": lambda axes: _curves(axes, data, "step"),
-        "val_loss_time": lambda axes: _curves(axes, data, "train_time_ms"),
-        "steps_saved_trend": lambda axes: _trend(
-            axes, data["trend"], data["target"]["value"], data["verdict"]["point"]
-        ),
-        "kd_alive": lambda axes: _alive(axes, data["curves"], data["screen"], data["verdict"]["point"]),
-        "teachers": lambda axes: _teachers(axes, data["teachers"], data["budget"]),
-        "isolates": lambda axes: _isolates(axes, data["isolates"]),
+        "val_loss_steps": lambda axes: _curves(axes, data, "step", horizon, target),
+        "val_loss_time": lambda axes: _curves(axes, data, "train_time_ms", horizon, target),
+        "steps_saved_trend": lambda axes: _trend(axes, data["trend"] or [], target, point),
+        "kd_alive": lambda axes: _alive(axes, data["curves"] or [], data["screen"] or [], point),
+        "teachers": lambda axes: bool(data["budget"]) and _teachers(axes, data["teachers"] or [], data["budget"]),
+        "isolates": lambda axes: _isolates(axes, data["isolates"] or []),
+        "step_deltas": lambda axes: charts.by_step(axes, data, "step_ms", horizon),
+        "lr_phases": lambda axes: charts.by_step(axes, data, "lr_mult", horizon),
+        "horizon_curve": lambda axes: charts.horizons(axes, data["horizon_curve"], target),
+        "break_even": lambda axes: charts.break_even(axes, data["break_even"]),
+        "sweep_parallel": lambda axes: charts.sweep_parallel(axes, data["screen"]),
+        "sweep_knobs": lambda axes: _several(axes, lambda figure: charts.sweep_knobs(figure, data["screen"], point)),
     }
     with matplotlib.rc_context(RC):
         return {name: _render(folder, name, drawing) for name, drawing in drawings.items()}
+
+
+def _several(axes: Axes, drawing) -> bool:
+    """A figure of several plots, in place of the one that there is."""
+    drawn = drawing(axes.figure)
+    if drawn:
+        axes.remove()
+    return drawn
 
 
 def _render(folder: Path, name: str, drawing) -> str:
@@ -114,13 +87,6 @@ def _inline(name: str, svg: str) -> str:
     )
 
 
-def _legend(axes: Axes, **place) -> None:
-    """One entry for each name, although several lines may carry it."""
-    handles, names = axes.get_legend_handles_labels()
-    unique = dict(zip(names, handles, strict=True))
-    axes.legend(unique.values(), unique.keys(), **place)
-
-
 def _by_run(rows: list[dict]) -> dict[tuple, list[dict]]:
     runs: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -134,12 +100,11 @@ def _line(axes: Axes, rows: list[dict], x: str, **style) -> None:
     axes.plot([row[x] / scale for row in rows], [row["val_loss"] for row in rows], linewidth=1.5, **style)
 
 
-def _curves(axes: Axes, data: dict, x: str) -> bool:
+def _curves(axes: Axes, data: dict, x: str, horizon: int, target: float | None) -> bool:
     """Validation loss of CE, KD and the boost control at the full horizon; KD again with its teacher's time."""
-    budget, target = data["budget"], data["target"]["value"]
-    timed = x != "step"
-    stops = {row["run_id"]: row["kd_stop_step"] for row in data["runs"]}
-    rows = [row for row in data["curves"] if row["horizon"] == data["verdict"]["horizon"] and row["step"] > 0]
+    timed, modelled = x != "step", (data["budget"] or {}).get("clock") == "modelled"
+    stops = {row["run_id"]: row["kd_stop_step"] for row in data["runs"] or ()}
+    rows = [row for row in data["curves"] or () if row["horizon"] == horizon and row["step"] > 0]
     groups = {key: group for key, group in _by_run(rows).items() if key[0] in ("ce", "kd", "control_boost", "log")}
     several = len({label for arm, label, _ in groups if arm == "kd"}) > 1
     for (arm, label, run_id), group in groups.items():
@@ -155,9 +120,10 @@ def _curves(axes: Axes, data: dict, x: str) -> bool:
                 axes.plot(*place, "o", color=COLOURS["kd"], markersize=5, label="KD stops", linestyle="none")
     if target is not None:
         axes.axhline(target, color=COLOURS["muted"], linewidth=1, linestyle=(0, (4, 2)), label="target")
-    axes.set_xlabel(f"{'modelled ' if budget['clock'] == 'modelled' else ''}training time (s)" if timed else "step")
+    axes.set_xlabel(f"{'modelled ' if modelled else ''}training time (s)" if timed else "step")
     axes.set_ylabel("validation loss (nats)")
-    _legend(axes)
+    if groups:
+        legend(axes)
     return bool(groups)
 
 
@@ -176,7 +142,7 @@ def _trend(axes: Axes, trend: list[dict], target: float | None, point: str | Non
     axes.set_xlabel("validation loss (nats)")
     axes.set_ylabel("steps saved")
     if rows:
-        _legend(axes)
+        legend(axes)
     return bool(rows)
 
 
@@ -197,7 +163,7 @@ def _alive(axes: Axes, curves: list[dict], screen: list[dict], point: str | None
             _line(axes, rows, "step", color=COLOURS[colour], linestyle=dashes, marker=marker, markersize=5, label=name)
     axes.set_xlabel("step")
     axes.set_ylabel("validation loss (nats)")
-    _legend(axes)
+    legend(axes)
     return True
 
 
@@ -237,7 +203,7 @@ def _teachers(axes: Axes, teachers: list[dict], budget: dict) -> bool:
     axes.set_ylabel("final validation loss (nats)")
     if not trained:
         axes.set_yticks([])
-    _legend(axes, bbox_to_anchor=(0, 1.0), loc="lower left", ncols=3)
+    legend(axes, bbox_to_anchor=(0, 1.0), loc="lower left", ncols=3)
     return True
 
 
@@ -247,7 +213,13 @@ def _isolates(axes: Axes, isolates: list[dict]) -> bool:
     if not rows:
         return False
     times = [row["step_ms_median"] for row in rows]
-    bars = axes.barh([row["label"] for row in rows], times, color=COLOURS["ce"], height=0.5)
+    colours, hatches = ("ce", "random", "kd", "boost", "muted"), ("", "///", "xxx", "...", "---")
+    for i in sorted(range(len(rows)), key=lambda i: -times[i]):  # each holds all above it: a stack
+        style = {"color": COLOURS[colours[i % 5]], "hatch": hatches[i % 5], "edgecolor": "white", "linewidth": 0}
+        holding = [i, *(j for j in range(i + 1, len(rows)) if times[j] >= times[i])]
+        axes.barh(holding, times[i], height=0.5, **style)
+    bars = axes.barh(range(len(rows)), times, color="none", height=0.5)
+    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
     texts = []
     for row in rows:
         ratio = "" if row["ratio_to_ce"] is None else f"  ({row['ratio_to_ce']:.2f}x CE)"

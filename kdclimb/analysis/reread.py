@@ -8,10 +8,10 @@ the same thing (CE, and CE whose teacher's answer is dropped), and what the diff
 from __future__ import annotations
 
 import math
-from html import escape
 from pathlib import Path
 
-from kdclimb.analysis.report import CSS, HTML, Column, ms, nats, number, section, table, text
+from kdclimb.analysis.report.document import html
+from kdclimb.analysis.report.parts import Column, ms, nats, number, section, table, text
 from kdclimb.analysis.tables import AnalysisError, read_csv, show_ms, write_csv
 from kdclimb.analysis.targets import shortest_horizon
 from kdclimb.artifacts import write_text
@@ -168,4 +168,4 @@ def _page(name: str, runs: list[dict], found: list[dict], teachers: list[dict]) 
         ),
         section("All numbers", "As they were published, with their labels.", table(runs, ledger, "no run")),
     ]
-    return HTML.format(campaign=f"{escape(name)}, read again", css=CSS, body="\n".join(body))
+    return html(f"kdclimb: {name}", f"{name}, read again", "\n".join(body))

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import runpy
+import statistics
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from configs import merged
 
 from kdclimb import campaign as campaigns
 from kdclimb import expansion
+from kdclimb.analysis.details import OUTPUTS as DETAILS
+from kdclimb.analysis.report import INPUTS
 from kdclimb.analysis.tables import RunFolder
 from kdclimb.artifacts import SUMMARY_COLUMNS
 from kdclimb.config import RunConfig
@@ -137,6 +140,7 @@ def write_run(runs, config, val=(), step_ms=10.0, status="ok", reason="", shares
         losses = [loss for step, loss in val if step]
         row |= {"device": "cpu", "threads": 2, "shared_device": 0, "code_hash": "c0de00000000", "data_hash": "0123"}
         row |= {"steps": len(durations), "tokens": tokens[-1], "train_time_ms": times[-1], "broken": 0}
+        row |= {"step_ms_median": statistics.median(durations) if durations else ""}
         row |= {"params_stored": 2000000, "params_active": 1000000, "flops_per_token": 6000000.0}
         row |= {"anchor_before_ms": 10.0, "anchor_after_ms": 10.0} if config.anchor_steps else {}
         row |= {"best_val": min(losses, default=""), "final_val": losses[-1] if losses else ""}
@@ -216,9 +220,11 @@ PINNED = {
 class SyntheticCampaign:
     """A campaign over made-up runs: every script in the workflow's order, fed as the workflow feeds it."""
 
-    def __init__(self, folder, clock="measured"):
+    def __init__(self, folder, clock="measured", **changes):
         settings = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
         for section, values in PINNED.items():
+            settings[section] |= values
+        for section, values in changes.items():
             settings[section] |= values
         settings["device"], settings["budget"]["clock"] = "cpu", clock
         self.campaign = campaigns.load(settings, ROOT)
@@ -309,20 +315,23 @@ class SyntheticCampaign:
         outputs += [f"--out-summary={p('tables/teacher_budget10_summary.csv')}"]
         self.script("compare", *self.flags(), *decisions, *filters, *outputs)
         self.script("ledger", *self.flags(), "--target", p("target.json"), "--out", p("tables/ledger.csv"))
-        tables = [f"--{name}={p(f'tables/{name}.csv')}" for name in ("curves", "runs", "compare", "teachers", "ledger")]
-        tables += [f"--{name}={p(f'kd/{name}.csv')}" for name in ("isolates", "screen", "full")]
-        tables += [f"--ce-screen={p('ce/screen.csv')}", f"--tuning={p('tables/tuning.csv')}"]
-        tables += [f"--reached={p('tables/reached.csv')}", f"--tests={p('tables/verdict.csv')}"]
-        tables += [f"--stop={p('tables/stop_conditions.csv')}"]
-        tables += [f"--summary={p('tables/teacher_budget10_summary.csv')}"]
-        tables += [f"--trend={p('tables/steps_saved_trend.csv')}", f"--break-even={p('tables/break_even.csv')}"]
-        tables += [
-            f"--timing={p('ce/timing.csv')}",
-            f"--controls={p('controls.csv')}",
-            f"--verdict={p('verdict.json')}",
-        ]
+        details = [f"--out-{name.replace('_', '-')}={p(f'tables/{name}.csv')}" for name in DETAILS]
+        found = "--compare", p("tables/compare.csv"), "--tests", p("tables/verdict.csv"), "--verdict", p("verdict.json")
+        self.script("details", *self.flags(), *decisions[:4], *found, "--confidence", "0.95", *details)
         out = "--campaign", "default", "--figures", p("figures"), "--out", p("report/index.html")
-        self.script("report", *tables, *decisions, *out)
+        self.script(
+            "report", *(f"--{name.replace('_', '-')}={path}" for name, path in self.report_files().items()), *out
+        )
+
+    def report_files(self):
+        """{name: path} of what the report reads."""
+        places = {"timing": "ce/timing.csv", "selected": "teacher/selected.json", "controls": "controls.csv"}
+        places |= {"ce_screen": "ce/screen.csv"}
+        places |= {name: f"kd/{name}.csv" for name in ("isolates", "screen", "full")}
+        places |= {name: f"{name}.json" for name in ("budget", "target", "verdict")}
+        names = {"tests": "verdict", "trend": "steps_saved_trend", "stop": "stop_conditions"}
+        names |= {"summary": "teacher_budget10_summary"}
+        return {name: self.path(places.get(name, f"tables/{names.get(name, name)}.csv")) for name in INPUTS}
 
     def run_all(self):
         self.baseline()

@@ -20,7 +20,9 @@ LIGHT = (
     "sections", *DATA,
 )  # fmt: skip
 WITHOUT_TORCH = [f"kdclimb.{name}" for name in LIGHT] + sorted(
-    f"kdclimb.analysis.{path.stem}" for path in (ROOT / "kdclimb/analysis").glob("*.py") if path.stem != "__init__"
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "kdclimb/analysis").rglob("*.py")
+    if path.stem != "__init__"
 )
 
 

@@ -1,157 +1,45 @@
-"""The report of a campaign: one self-contained HTML page, light and dark, readable on a phone.
-
-It computes nothing. Each number on the page is a cell of a CSV or JSON file that the page links to,
-rounded for reading.
-"""
+"""The sections of the page, in their order. Each names the files that it can't do without."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from html import escape
-from pathlib import Path
 from typing import NamedTuple
 
-from kdclimb.analysis.budget import BUDGET_KEYS, ISOLATE_COLUMNS
-from kdclimb.analysis.checklist import STOP_COLUMNS, SUMMARY_COLUMNS
-from kdclimb.analysis.compare import COMPARE_COLUMNS, CURVE_COLUMNS, SAVINGS, TEACHER_COLUMNS
-from kdclimb.analysis.figures import ARM_STYLE, draw
 from kdclimb.analysis.ledger import LEDGER_COLUMNS
-from kdclimb.analysis.savings import BREAK_EVEN_COLUMNS, TREND_COLUMNS
-from kdclimb.analysis.selection import SELECTED_KEYS
-from kdclimb.analysis.tables import RUN_COLUMNS, TEXT, read_csv, read_json, show_ms, show_number
-from kdclimb.analysis.targets import COLLECTED_COLUMNS, REACHED_COLUMNS, SCREEN_COLUMNS, TARGET_KEYS
-from kdclimb.analysis.tested import VERDICT_COLUMNS
-from kdclimb.analysis.tuning import TUNING_COLUMNS
-from kdclimb.artifacts import write_text
+from kdclimb.analysis.report.parts import (
+    ARM_NAMES,
+    NOTHING,
+    Column,
+    Page,
+    described,
+    ms,
+    named,
+    nats,
+    number,
+    quantity,
+    reached,
+    section,
+    table,
+    text,
+)
+from kdclimb.analysis.tables import show_ms, show_number
 
-VERDICT_KEYS = (
-    "sentence claimable not_claimable_because kd_alive kd_pays_steps kd_pays_time_with_teacher n_seeds steps_saved_min "
-    "steps_saved_max budget_share teacher_ms point horizon rules tuning ngram"
-).split() + [f"{column}_mean" for column in SAVINGS]
-TABLES = {
-    "timing": RUN_COLUMNS,
-    "teachers": TEACHER_COLUMNS,
-    "isolates": ISOLATE_COLUMNS,
-    "screen": SCREEN_COLUMNS,
-    "ce_screen": SCREEN_COLUMNS,
-    "tuning": TUNING_COLUMNS,
-    "full": COLLECTED_COLUMNS,
-    "controls": COLLECTED_COLUMNS,
-    "curves": CURVE_COLUMNS,
-    "runs": RUN_COLUMNS,
-    "compare": COMPARE_COLUMNS,
-    "ledger": LEDGER_COLUMNS,
-    "reached": REACHED_COLUMNS,
-    "tests": VERDICT_COLUMNS,
-    "trend": TREND_COLUMNS,
-    "break_even": BREAK_EVEN_COLUMNS,
-    "stop": STOP_COLUMNS,
-    "summary": SUMMARY_COLUMNS,
+METRICS = {
+    "step": "steps",
+    "tokens": "tokens",
+    "train_time_ms": "student's time",
+    "time_with_teacher_ms": "time, + teacher",
 }
-DECISIONS = {"budget": BUDGET_KEYS, "selected": SELECTED_KEYS, "target": TARGET_KEYS, "verdict": VERDICT_KEYS}
-INPUTS = (*TABLES, *DECISIONS)
-ARM_NAMES = {arm: style[0] for arm, style in ARM_STYLE.items()} | {"screen": "KD screen"}
-NOTHING = '<span class="none">&ndash;</span>'
 
 
-class Column(NamedTuple):
-    heading: str
-    cell: Callable[[dict], str]  # the HTML of a row's cell
-    words: bool = False  # set left, as words are, and not right
-
-
-def report(campaign: str, figures: Path, out: Path, **files: Path) -> None:
-    """Draw the figures into the folder `figures` and write the page to `out`, from the files named in INPUTS.
-
-    Raises AnalysisError where one of them is missing or malformed.
-    """
-    data = {
-        name: read_csv(files[name], columns, LEDGER_COLUMNS if name == "ledger" else TEXT)
-        for name, columns in TABLES.items()
-    }
-    data |= {name: read_json(files[name], keys) for name, keys in DECISIONS.items()}
-    drawn = draw(figures, data)
-    page = Page(data, {name: os.path.relpath(path, out.parent) for name, path in files.items()}, drawn)
-    body = "\n".join(part(page) for part in SECTIONS)
-    write_text(out, HTML.format(campaign=escape(campaign), css=CSS, body=body))
-
-
-class Page:
-    """The data of the page, and the pieces that its sections are made of."""
-
-    def __init__(self, data: dict, files: dict[str, str], drawn: dict[str, str]):
-        self.data, self.files, self.drawn = data, files, drawn
-
-    def links(self, *names: str) -> str:
-        """Links to the files that the numbers of a section are read from."""
-        parts = (f'<a href="{escape(self.files[n])}">{escape(os.path.basename(self.files[n]))}</a>' for n in names)
-        return f'<p class="source">Source: {", ".join(parts)}</p>'
-
-    def figure(self, name: str, caption: str) -> str:
-        plot = f'<div class="plot">{self.drawn[name]}</div>' if self.drawn[name] else '<p class="empty">no data</p>'
-        return f"<figure>{plot}<figcaption>{caption}</figcaption></figure>"
-
-    @property
-    def horizon(self) -> int:
-        return self.data["verdict"]["horizon"]
-
-
-def quantity(key: str, show: Callable, signed: bool = False, lower_is_better: bool = False) -> Callable[[dict], str]:
-    """A cell with the figure under `key`, as `show` rounds it; a signed one carries + or - and a colour for better."""
-
-    def cell(row: dict) -> str:
-        value = row[key]
-        if value is None:
-            return NOTHING
-        if not signed:
-            return show(value)
-        sign = "+" if value > 0 else "&minus;" if value < 0 else ""
-        mood = "" if value == 0 else "good" if (value < 0) == lower_is_better else "bad"
-        return f'<span class="{mood}">{sign}{show(abs(value))}</span>'
-
-    return cell
-
-
-def number(key: str, digits: int = 0, signed: bool = False) -> Callable[[dict], str]:
-    return quantity(key, lambda value: show_number(value, digits), signed)
-
-
-def nats(key: str, signed: bool = False) -> Callable[[dict], str]:
-    return quantity(key, "{:.4f}".format, signed, lower_is_better=True)
-
-
-def ms(key: str, signed: bool = False) -> Callable[[dict], str]:
-    return quantity(key, show_ms, signed)
-
-
-def text(key: str) -> Callable[[dict], str]:
-    return lambda row: NOTHING if row[key] in (None, "") else escape(str(row[key]))
-
-
-def reached(row: dict) -> str:
-    """The step at which the target was reached, or why it was not."""
-    steps = row["steps_to_target"]
-    return f'<span class="miss">{escape(row["miss_reason"])}</span>' if steps is None else show_number(steps)
-
-
-def table(rows: Iterable[dict], columns: list[Column], empty: str, marked: Callable[[dict], bool] | None = None) -> str:
-    """An HTML table that scrolls sideways on its own; `empty` says in words why there is no row."""
-    rows = list(rows)
-    if not rows:
-        return f'<p class="empty">{escape(empty)}</p>'
-    side = {column: ' class="left"' if column.words else "" for column in columns}
-    head = "".join(f"<th{side[column]}>{column.heading}</th>" for column in columns)
-    body = ""
-    for row in rows:
-        mark = ' class="marked"' if marked and marked(row) else ""
-        cells = "".join(f"<td{side[column]}>{column.cell(row)}</td>" for column in columns)
-        body += f"<tr{mark}>{cells}</tr>\n"
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def section(title: str, lead: str, *parts: str) -> str:
-    return f"<section><h2>{title}</h2><p>{lead}</p>{''.join(parts)}</section>"
+def radios(name: str, legend: str, options: dict[str, str]) -> str:
+    """One switch of several values, reachable by keyboard; shown once the page's script runs."""
+    parts = "".join(
+        f'<label><input type="radio" name="{name}" value="{value}"{" checked" * (i == 0)}><span>{words}</span></label>'
+        for i, (value, words) in enumerate(options.items())
+    )
+    return f'<fieldset class="switch js"><legend>{legend}</legend>{parts}</fieldset>'
 
 
 def verdict_section(page: Page) -> str:
@@ -162,19 +50,53 @@ def verdict_section(page: Page) -> str:
         badge = '<span class="badge no">NOT A CLAIM</span>'
         items = "".join(f"<li>{escape(reason)}</li>" for reason in verdict["not_claimable_because"])
         doubts = f'<ul class="doubts">{items}</ul>'
-    seeds, low, high = verdict["n_seeds"], verdict["steps_saved_min"], verdict["steps_saved_max"]
-    over = f"mean of {seeds} seed{'' if seeds == 1 else 's'}" if seeds else "nothing to compare"
-    spread = over if low is None or seeds < 2 else f"{over}: {show_number(low)} to {show_number(high)}"
-    tiles = [
-        ("Steps saved", number("steps_saved_mean", 1, signed=True), spread),
-        ("Tokens saved", number("tokens_saved_mean", 0, signed=True), over),
-        ("Time saved, student", ms("time_saved_ms_mean", signed=True), over),
-        ("Time saved, + teacher", ms("time_saved_with_teacher_ms_mean", signed=True), over),
-    ]
-    cells = "".join(f"<div><dt>{n}</dt><dd>{cell(verdict)}</dd><small>{s}</small></div>" for n, cell, s in tiles)
+    first, dot, rest = verdict["sentence"].partition(". ")
+    more = f'<p class="more">{escape(rest)}</p>' if rest else ""
     return (
-        f'<section class="verdict">{badge}<p class="sentence">{escape(verdict["sentence"])}</p>{doubts}'
-        f'<dl class="tiles">{cells}</dl>{page.links("verdict", "compare")}</section>'
+        f'<section class="verdict" id="verdict">{badge}<p class="sentence">{escape(first)}{dot.strip()}</p>'
+        f"{_tiles(page)}{_budget_line(page)}{more}{doubts}{page.warnings('verdict')}"
+        f"{page.links('headline', 'compare', 'tests', 'verdict')}</section>"
+    )
+
+
+def _tiles(page: Page) -> str:
+    """The four numbers, each a link to the table that it is a cell of."""
+    found = {row["figure"]: row for row in page.data["headline"]}
+    tiles = [
+        ("Steps saved", "steps_saved", number("value", 1, signed=True)),
+        ("Tokens saved", "tokens_saved", number("value", 0, signed=True)),
+        ("Time saved, student", "time_saved_ms", ms("value", signed=True)),
+        ("Time saved, + teacher", "time_saved_with_teacher_ms", ms("value", signed=True)),
+    ]
+    parts = ""
+    for name, key, cell in tiles:
+        value = f'<a href="{escape(page.files["headline"])}" data-cell="{key}">{cell(found[key])}</a>'
+        parts += f"<div><dt>{name}</dt><dd>{value}</dd><small>{_spread(found[key])}</small></div>"
+    return f'<dl class="tiles">{parts}</dl>'
+
+
+def _spread(row: dict) -> str:
+    """The range of the seeds, and the interval of the share saved."""
+    seeds = row["n_seeds"]
+    if not seeds:
+        return "nothing to compare"
+    show = show_ms if row["figure"].startswith("time") else show_number
+    words = f"mean of {seeds} seed{'s' * (seeds != 1)}"
+    words += f": {show(row['low'])} to {show(row['high'])}".replace("-", "&minus;") if seeds > 1 else ""
+    if row["ratio_low"] is not None and row["ratio_high"] is not None:
+        words += f"<br>interval {percent('ratio_high')(row)} to {percent('ratio_low')(row)}"
+    return words
+
+
+def _budget_line(page: Page) -> str:
+    """The teacher's time of its budget, as words and as a bar."""
+    found = {row["figure"]: row["value"] for row in page.data["headline"]}
+    share, teacher = page.data["verdict"]["budget_share"], found["teacher_ms"]
+    if share is None or teacher is None:
+        return f'<p class="budget">No teacher within the budget of {show_ms(found["budget_ms"])}.</p>'
+    return (
+        f'<p class="budget">Teacher: <b>{show_ms(teacher)}</b> of its budget of {show_ms(found["budget_ms"])}, '
+        f'{share:.0%}</p><div class="bar"><i style="width:{min(share, 1):.1%}"></i></div>'
     )
 
 
@@ -182,7 +104,8 @@ def budget_section(page: Page) -> str:
     budget, teacher, share = page.data["budget"], page.data["selected"], page.data["verdict"]["budget_share"]
     terms = (
         f"CE takes {show_ms(budget['ce_train_time_ms'])} over {budget['horizon']} steps (median of its seeds; "
-        f"{escape(str(budget['device']))}, {text('threads')(budget)} threads, {escape(budget['clock'])} clock). "
+        f"{escape(str(budget['device']))}, {text('threads')(budget)} thread{'s' * (budget['threads'] != 1)}, "
+        f"{escape(budget['clock'])} clock). "
         f"A teacher may take {budget['fraction']:.0%} of that: {show_ms(budget['budget_ms'])}."
     )
     if teacher["run_id"] is None:
@@ -196,7 +119,6 @@ def budget_section(page: Page) -> str:
         f"<p>{'Imported teacher' if teacher['imported'] else 'Teacher'} <b>{escape(teacher['candidate'])}</b> "
         f"{'is declared to have taken' if teacher['imported'] else 'took'} {show_ms(teacher['train_time_ms'])}, "
         f"{share:.0%} of its budget, and reached {teacher['final_val']:.4f} nats, which is the target.</p>"
-        f'<div class="bar"><i style="width:{min(share, 1):.1%}"></i></div>'
     )
     return section("Teacher budget", terms, used, page.links("budget", "selected", "target", "timing"))
 
@@ -222,18 +144,33 @@ def alive_section(page: Page) -> str:
 
 
 def curves_section(page: Page) -> str:
-    steps = page.figure("val_loss_steps", f"Validation loss over {page.horizon} steps, one line a seed.")
-    timed = page.figure(
-        "val_loss_time", "The same over training time. Dotted: KD moved right by what its teacher took to train."
+    horizons = sorted({row["horizon"] for row in page.data["curves"] if row["arm"] == "ce"}, reverse=True)
+    options = "".join(f'<option value="{horizon}">{horizon} steps</option>' for horizon in horizons)
+    controls = (
+        '<div class="controls js">'
+        + radios("x", "Over", METRICS)
+        + radios("y", "Loss", {"val_loss": "validation", "train_loss": "training, hard, normalised"})
+        + f'<label class="select">Horizon <select name="horizon">{options}</select></label></div>'
     )
-    lead = "Every arm at the full horizon, on the same data, batch and LR schedule. Step 0 is left out."
-    return section("Validation curves", lead, f'<div class="pair">{steps}{timed}</div>', page.links("curves"))
-
-
-def named(row: dict) -> str:
-    """Which run it is: the arm, and below it the point, the horizon and the seed."""
-    point = "" if row["arm"] == "ce" else f"{escape(row['label'])}, "
-    return f"{ARM_NAMES[row['arm']]}<small>{point}{row['horizon']} steps, seed {row['seed']}</small>"
+    words = (
+        "One line a seed; the circle is where KD stopped, the strip on top KD's phases: A with KD, B blending to C, "
+        "the tail. Choose what it is drawn over above; click a line to see its run alone in all tables."
+    )
+    timed = "The same over training time. Dotted: KD moved right by what its teacher took to train."
+    deltas = page.figure("step_deltas", "Milliseconds of a step over steps, median of each block of steps, CE and KD.")
+    rate = page.figure("lr_phases", "The LR multiplier over steps, with KD's phases on it.")
+    lead = (
+        f"Every arm at the full horizon, {page.horizon} steps, on the same data, batch and LR schedule; without step 0."
+    )
+    return section(
+        "Validation curves",
+        lead,
+        page.warnings("curves"),
+        page.figure("val_loss_steps", words, controls),
+        f'<div class="static">{page.figure("val_loss_time", timed)}</div>',
+        f'<div class="pair">{deltas}{rate}</div>',
+        page.links("curves", "traces"),
+    )
 
 
 COMPARED: list[Column] = [
@@ -260,7 +197,8 @@ def compare_section(page: Page) -> str:
         lead += f" There is no KD run at the full horizon{why}."
     notes = sorted({row["time_note"] for row in page.data["compare"] if row["time_note"]})
     notes = "".join(f'<p class="empty">{escape(note)}</p>' for note in notes)
-    parts = table(rows, COMPARED, "no run to compare"), notes, page.links("compare", "full", "runs")
+    parts = page.warnings("compare"), table(rows, COMPARED, "no run to compare"), notes
+    parts += (page.links("compare", "full", "runs"),)
     return section("Steps and time to the target", lead, *parts)
 
 
@@ -318,11 +256,8 @@ def tests_section(page: Page) -> str:
     )
     tuning = "".join(f'<p class="empty">{escape(verdict[key])}</p>' for key in ("tuning", "ngram") if verdict[key])
     judged = [row for row in page.data["tests"] if row["cost"] != "tokens"]
-    parts = (
-        table(judged, columns, "nothing was compared"),
-        tuning,
-        page.links("tests", "reached", "tuning", "ce_screen"),
-    )
+    parts = page.warnings("tests"), table(judged, columns, "nothing was compared"), tuning
+    parts += (page.links("tests", "reached", "tuning", "ce_screen"),)
     return section("How sure", lead, *parts)
 
 
@@ -352,8 +287,11 @@ def break_even_section(page: Page) -> str:
     lead = (
         "What share of CE&rsquo;s steps KD must save to be level in time to the target, beside the share that it saved."
     )
+    figure = page.figure(
+        "break_even", "Saving needed (diamond; open: if the teacher is shared) and measured, with its interval."
+    )
     rows = table(page.data["break_even"], columns, "nothing was compared")
-    return section("Break-even", lead, rows, page.links("break_even"))
+    return section("Break-even", lead, figure, rows, page.links("break_even"))
 
 
 def controls_section(page: Page) -> str:
@@ -363,11 +301,12 @@ def controls_section(page: Page) -> str:
         "random weights, which runs at the screen&rsquo;s horizon only. CE with the teacher&rsquo;s time in further "
         "steps has a horizon of its own, and is compared by its end."
     )
-    return section("Controls", lead, table(rows, COMPARED, "no control was run"), page.links("controls", "compare"))
+    rows = table(rows, COMPARED, "no control was run")
+    return section("Controls", lead, page.warnings("controls"), rows, page.links("controls", "compare"))
 
 
 def candidate(row: dict) -> str:
-    return text("candidate")(row) + ("<small>imported; time declared</small>" if row["imported"] else "")
+    return described("candidate")(row) + ("<small>imported; time declared</small>" if row["imported"] else "")
 
 
 def promoted(row: dict) -> str:
@@ -398,8 +337,11 @@ def teachers_section(page: Page) -> str:
         "teacher costs."
     )
     rows = table(page.data["teachers"], columns, "no candidate was tried", lambda row: row["verdict"] == "selected")
-    figure = page.figure("teachers", "Training time against loss. Left of the dashed line is within the budget.")
-    return section("Teachers", lead, figure, rows, page.links("teachers", "summary"))
+    figure = page.figure(
+        "teachers",
+        "Training time against loss. Left of the dashed line is within the budget; the rejected are grey.",
+    )
+    return section("Teachers", lead, page.warnings("teachers"), figure, rows, page.links("teachers", "summary"))
 
 
 def stop_section(page: Page) -> str:
@@ -415,7 +357,7 @@ def stop_section(page: Page) -> str:
 def screen_section(page: Page) -> str:
     columns = [
         Column("Rank", number("rank")),
-        Column("Point", text("label"), words=True),
+        Column("Point", described("label"), words=True),
         Column("Steps to target", reached),
         Column("Stability (nats up)", nats("stability")),
         Column("First val", nats("first_val")),
@@ -430,7 +372,12 @@ def screen_section(page: Page) -> str:
     )
     point = page.data["verdict"]["point"]
     rows = table(page.data["screen"], columns, "nothing was screened", lambda row: row["label"] == point)
-    return section("KD screen", lead, rows, page.links("screen"))
+    across = page.figure(
+        "sweep_parallel", "One line a point, from its knobs to what came of it; the best is the thick one."
+    )
+    each = page.figure("sweep_knobs", "Final validation loss by each knob; the judged point is filled.")
+    figures = f'<div class="pair">{across}{each}</div>'
+    return section("KD screen", lead, page.warnings("screen"), figures, rows, page.links("screen"))
 
 
 def isolates_section(page: Page) -> str:
@@ -451,10 +398,14 @@ def ledger_section(page: Page) -> str:
         "Every run of the campaign. &lsquo;-&rsquo; means not applicable; alpha is the weight of the KD term; "
         "val_instability is the sum of the upward moves of the validation loss, in nats."
     )
-    return section("Ledger", lead, table(page.data["ledger"], columns, "no run"), page.links("ledger"))
+    rows = table(page.data["ledger"], columns, "no run")
+    parts = f"<details><summary>{len(page.data['ledger'])} runs, {len(columns)} columns</summary>{rows}</details>"
+    return section("Ledger", lead, page.warnings("ledger"), parts, page.links("ledger"))
 
 
 def _ledger_cell(name: str) -> Callable[[dict], str]:
+    if name == "run_id":
+        return described(name)
     digits = {"teacher_params_m": 3, "teacher_train_time_ms": 0, "best_val": 4, "final_val": 4, "val_instability": 4}
 
     def cell(row: dict) -> str:
@@ -483,81 +434,87 @@ def glossary_section(page: Page) -> str:
         "NOT A CLAIM": "the numbers are what was measured, but one of the conditions for claiming them is not met.",
     }
     items = "".join(f"<dt>{term}</dt><dd>{meaning}</dd>" for term, meaning in terms.items())
-    return f'<section><h2>How to read this</h2><dl class="glossary">{items}</dl></section>'
+    return f'<section id="how-to-read-this"><h2>How to read this</h2><dl class="glossary">{items}</dl></section>'
+
+
+def horizon_section(page: Page) -> str:
+    lead = (
+        "Where runs end that were planned for so many steps. The shortest horizon at which a curve meets the target is "
+        "what a speedrun would pay; where the curves lie level, KD saves nothing."
+    )
+    words = "Final loss by horizon (log): a point a seed, the monotone fit through the means, Student&rsquo;s interval."
+    figure = page.figure("horizon_curve", words)
+    return section("Complete horizons", lead, figure, page.links("horizon_curve", "reached"))
+
+
+def runs_section(page: Page) -> str:
+    columns = [
+        Column('<span class="js">Choose</span>', _choice),
+        Column("Run", named, words=True),
+        Column("Status", text("status"), words=True),
+        Column("Steps", number("steps")),
+        Column("Time", ms("train_time_ms")),
+        Column("Step (median)", ms("step_ms_median")),
+        Column("Best val", nats("best_val")),
+        Column("Final val", nats("final_val")),
+        Column("Files", lambda row: f'<a href="{escape(page.runs.get(row["run_id"], ""))}">folder</a>', words=True),
+    ]
+    lead = "Every run has a page of its own. Choose two to see them side by side."
+    find = (
+        '<p class="js"><label>Find <input type="search" id="find" placeholder="arm, point, seed, status"></label></p>'
+    )
+    distinct = list({row["run_id"]: row for row in reversed(page.data["runs"])}.values())[::-1]
+    return section(
+        "Runs", lead, find, table(distinct, columns, "no run has ended yet"), page.links("runs", "run_pages")
+    )
+
+
+def _choice(row: dict) -> str:
+    name = escape(row["run_id"])
+    return f'<input class="js" type="checkbox" data-choose="{name}" aria-label="choose {name}">'
+
+
+AFTER = {  # what a file waits for
+    "budget": "the CE baseline",
+    "timing": "the CE baseline",
+    "selected": "the teacher's choice",
+    "target": "the teacher's choice",
+    "teachers": "the teacher's choice",
+    "isolates": "the timing isolates",
+    "screen": "the KD screen",
+}
+
+
+def missing_section(page: Page, wanted: Section) -> str:
+    """What stands in the place of a section some of whose files are not there yet."""
+    names = [name for name in wanted.needs if not page.has(name)]
+    waits = dict.fromkeys(AFTER.get(name, "the comparison, when all runs have ended") for name in names)
+    words = ", ".join(escape(page.files[name].lstrip("./")) for name in names)
+    return section(wanted.title, f'<span class="empty">Not there yet: waits for {"; ".join(waits)} ({words}).</span>')
+
+
+class Section(NamedTuple):
+    needs: tuple[str, ...]  # of the page's data; where one is missing, the section says so instead
+    title: str
+    render: Callable[[Page], str]
 
 
 SECTIONS = (
-    verdict_section,
-    budget_section,
-    tests_section,
-    curves_section,
-    trend_section,
-    compare_section,
-    break_even_section,
-    alive_section,
-    controls_section,
-    teachers_section,
-    screen_section,
-    isolates_section,
-    stop_section,
-    ledger_section,
-    glossary_section,
+    Section(("verdict", "headline", "compare", "tests"), "Verdict", verdict_section),
+    Section(("curves", "traces"), "Validation curves", curves_section),
+    Section(("tests", "reached", "verdict"), "How sure", tests_section),
+    Section(("horizon_curve", "reached"), "Complete horizons", horizon_section),
+    Section(("trend",), "Where KD saves", trend_section),
+    Section(("compare", "target", "full", "runs"), "Steps and time to the target", compare_section),
+    Section(("break_even",), "Break-even", break_even_section),
+    Section(("verdict", "curves"), "Is KD alive?", alive_section),
+    Section(("compare", "controls"), "Controls", controls_section),
+    Section(("budget", "selected", "verdict", "target", "timing"), "Teacher budget", budget_section),
+    Section(("teachers", "summary"), "Teachers", teachers_section),
+    Section(("screen", "verdict"), "KD screen", screen_section),
+    Section(("isolates",), "Cost of a step", isolates_section),
+    Section(("stop",), "Stop conditions", stop_section),
+    Section(("runs", "run_pages"), "Runs", runs_section),
+    Section(("ledger",), "Ledger", ledger_section),
+    Section((), "How to read this", glossary_section),
 )
-
-HTML = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>kdclimb: {campaign}</title>
-<style>{css}</style>
-</head>
-<body>
-<main>
-<h1>Does distillation pay? <small>campaign {campaign}</small></h1>
-{body}
-</main>
-</body>
-</html>
-"""
-
-CSS = """
-:root { --page:#f6f7f9; --card:#fff; --ink:#20242b; --muted:#5f6672; --line:#dfe3e8; --link:#1257a0; --good:#0a6f52;
-  --bad:#b23a06; --mark:#fff4e8; --fig-ink:#20242b; --fig-muted:#6a717d; --fig-grid:#dfe3e8; --fig-ce:#1f6fb4;
-  --fig-kd:#d5500b; --fig-boost:#0a8f6a; --fig-random:#8a5bb5; }
-@media (prefers-color-scheme: dark) { :root { --page:#14171b; --card:#1c2026; --ink:#e4e7eb; --muted:#9aa3af;
-  --line:#323841; --link:#82b6f0; --good:#4fc99d; --bad:#ff9061; --mark:#33281e; --fig-ink:#e4e7eb; --fig-muted:#9aa3af;
-  --fig-grid:#323841; --fig-ce:#62a8ea; --fig-kd:#ff8345; --fig-boost:#3fc79b; --fig-random:#b892e0; } }
-* { box-sizing:border-box; }
-body { margin:0; background:var(--page); color:var(--ink); font:16px/1.5 system-ui, sans-serif; }
-main { max-width:64rem; margin:0 auto; padding:1rem; }
-h1 { font-size:1.5rem; margin:.5rem 0 1rem; } h1 small { color:var(--muted); font-weight:400; font-size:1rem; }
-h2 { font-size:1.15rem; margin:0 0 .3rem; } p { margin:.4rem 0 .8rem; } a { color:var(--link); }
-section { background:var(--card); border:1px solid var(--line); border-radius:.6rem; padding:1rem; margin:0 0 1rem; }
-section > p, figcaption, .glossary dd { max-width:46rem; }
-.badge { display:inline-block; border-radius:.3rem; padding:.1rem .5rem; font-size:.8rem; font-weight:700;
-  letter-spacing:.04em; border:1.5px solid; } .yes, .good { color:var(--good); } .no, .bad { color:var(--bad); }
-.sentence { font-size:1.2rem; line-height:1.45; margin:.6rem 0; } .doubts { margin:.2rem 0 .8rem; padding-left:1.2rem; }
-.tiles { display:grid; grid-template-columns:repeat(auto-fit, minmax(9.5rem, 1fr)); gap:.6rem; margin:.8rem 0; }
-.tiles div { border:1px solid var(--line); border-radius:.5rem; padding:.6rem .7rem; }
-.tiles dt, small, .source, figcaption, .empty { color:var(--muted); font-size:.85rem; }
-.tiles dd { margin:0; font-size:1.5rem; font-weight:600; font-variant-numeric:tabular-nums; white-space:nowrap; }
-.bar { height:.7rem; border-radius:.35rem; background:var(--line); overflow:hidden; margin:0 0 .8rem; max-width:30rem; }
-.bar i { display:block; height:100%; background:var(--fig-kd); }
-.pair { display:grid; grid-template-columns:repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap:1rem; }
-figure { margin:.5rem 0; } .plot { max-width:34rem; } .plot svg { display:block; width:100%; height:auto; }
-.plot text { font-family:system-ui, sans-serif !important; }
-.scroll { overflow-x:auto; margin:.5rem 0; }
-table { border-collapse:collapse; font-size:.85rem; font-variant-numeric:tabular-nums; width:100%; }
-th, td { text-align:right; padding:.35rem .55rem; border-bottom:1px solid var(--line); white-space:nowrap;
-  vertical-align:top; }
-th { color:var(--muted); font-weight:600; white-space:normal; vertical-align:bottom; }
-.left { text-align:left; }
-.marked td { background:var(--mark); } .none { color:var(--muted); }
-td small { display:block; white-space:normal; overflow-wrap:anywhere; min-width:9rem; line-height:1.3; }
-.words, .miss { white-space:normal; display:inline-block; min-width:12rem; text-align:left; }
-.miss { color:var(--muted); } .tag { font-weight:600; } 
-.tag.selected { color:var(--good); } .tag.rejected { color:var(--muted); }
-.glossary { margin:0; } .glossary dt { font-weight:600; } .glossary dd { margin:0 0 .5rem; }
-"""

@@ -1,0 +1,85 @@
+"""What a reader of the report must be warned of, each warning with its place on the page and the runs it is about."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from kdclimb.analysis.paired import MIN_PAIRS
+from kdclimb.analysis.tables import RunFolder
+
+WARNING_COLUMNS = ("place", "kind", "warning", "run_ids")
+ON_EDGE = r"(\w+)'s choice is on the edge of its grid: (.+?)\.(?= [A-Z]|$)"  # as analysis.tuning says it
+CONTROLS = {
+    "control_boost": "CE with KD's LR",
+    "control_tuned": "CE tuned like KD",
+    "control_random": "KD from a random teacher",
+    "control_smooth": "CE with label smoothing",
+    "control_extra": "CE with the teacher's time in steps",
+}
+JUDGED = ("ce", "kd", *CONTROLS)
+
+
+def warning_rows(runs: Sequence[RunFolder], verdict: dict | None) -> list[dict]:
+    """Rows of WARNING_COLUMNS, from the campaign's distinct runs and, once it is there, verdict.json."""
+    rows = [*_of_runs(runs), *_of_machines(runs)]
+    return rows if verdict is None else rows + _of_verdict(runs, verdict)
+
+
+def _row(place: str, kind: str, warning: str, runs: Iterable[RunFolder] = ()) -> dict:
+    return {"place": place, "kind": kind, "warning": warning, "run_ids": " ".join(run.run_id for run in runs)}
+
+
+def _count(runs: list, what: str = "run") -> str:
+    return f"{len(runs)} {what}{'s' * (len(runs) != 1)}"
+
+
+def _of_runs(runs: Sequence[RunFolder]) -> list[dict]:
+    rows = []
+    if found := [run for run in runs if run.status == "provisional"]:
+        rows.append(_row("ledger", "provisional", f"{_count(found)} provisional: the log is not whole", found))
+    if found := [run for run in runs if run.arm == "imported"]:
+        rows.append(_row("teachers", "imported", "an imported teacher's time is declared, not measured", found))
+    if found := [run for run in runs if run.config.clock == "measured" and run.summary["broken"]]:
+        words = f"{_count(found)} broken off and resumed: their times are of several processes"
+        rows.append(_row("curves", "resumed", words, found))
+    for arm in JUDGED:
+        if found := [run for run in runs if run.arm == arm and not run.ok and not run.imported]:
+            reasons = "; ".join(sorted({run.status for run in found}))
+            place = "controls" if arm in CONTROLS else "compare"
+            rows.append(_row(place, "failed", f"{_count(found)} of {CONTROLS.get(arm, arm.upper())}: {reasons}", found))
+    if found := [run for run in runs if run.arm == "screen" and not run.ok]:
+        rows.append(_row("screen", "failed", f"{_count(found, 'point')} did not end well", found))
+    return rows
+
+
+def _of_machines(runs: Sequence[RunFolder]) -> list[dict]:
+    """Of what the runs ran on and from. A modelled time is the same on every machine."""
+    rows = []
+    trained = [run for run in runs if not run.imported and run.summary["code_hash"]]
+    if len(hashes := sorted({run.summary["code_hash"] for run in trained})) > 1:
+        rows.append(_row("verdict", "code", f"the runs come from {len(hashes)} versions of the code", trained))
+    timed = [run for run in trained if run.config.clock == "measured" and run.summary["device"]]
+    if len(devices := sorted({f"{run.summary['device']}, {run.summary['threads']} threads" for run in timed})) > 1:
+        rows.append(_row("curves", "devices", f"the runs were timed on {len(devices)} devices: {'; '.join(devices)}"))
+    if found := [run for run in timed if run.summary["shared_device"]]:
+        words = f"{_count(found)} shared the device with another run: their times count for nothing"
+        rows.append(_row("curves", "shared", words, found))
+    if any(run.config.clock == "modelled" for run in trained):
+        rows.append(_row("curves", "modelled", "time is modelled from FLOPs, not measured"))
+    return rows
+
+
+def _of_verdict(runs: Sequence[RunFolder], verdict: dict) -> list[dict]:
+    rows = []
+    seeds = verdict["n_seeds"]
+    if verdict["point"] and seeds < MIN_PAIRS:
+        words = f"KD and CE both reached the target with {seeds} of the {MIN_PAIRS} seeds that a claim needs"
+        rows.append(_row("tests", "seeds", words))
+    for arm, edges in re.findall(ON_EDGE, verdict["tuning"]):
+        words = f"the chosen point of {arm} lies on an edge of the grid ({edges}): a wider one may do"
+        rows.append(_row("screen", "edge", words))
+    there = {run.arm for run in runs if run.ok}
+    if verdict["point"] and (missing := [name for arm, name in CONTROLS.items() if arm not in there]):
+        rows.append(_row("controls", "controls", f"not controlled for: {', '.join(missing)}"))
+    return rows

@@ -1,0 +1,102 @@
+"""The report of a campaign that is not finished: the tables that its runs allow so far, and the page made of them.
+
+All goes to `so_far/` in the campaign's folder: what the workflow makes has one writer, the workflow.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kdclimb.analysis import compare, ledger
+from kdclimb.analysis.details import OUTPUTS as DETAILS
+from kdclimb.analysis.details import tables_of
+from kdclimb.analysis.report import INPUTS, report
+from kdclimb.analysis.tables import RUN_COLUMNS, AnalysisError, RunFolder, read_json, write_csv
+from kdclimb.artifacts import write_json
+from kdclimb.expansion import Run, tables
+from kdclimb.sections import Campaign
+
+MADE_BY_STAGES = {  # where the workflow puts what a stage leaves
+    "timing": "ce/timing.csv",
+    "budget": "budget.json",
+    "selected": "teacher/selected.json",
+    "target": "target.json",
+    "isolates": "kd/isolates.csv",
+    "screen": "kd/screen.csv",
+    "ce_screen": "ce/screen.csv",
+    "full": "kd/full.csv",
+    "controls": "controls.csv",
+    "verdict": "verdict.json",
+    "tests": "tables/verdict.csv",
+    "trend": "tables/steps_saved_trend.csv",
+    "stop": "tables/stop_conditions.csv",
+    "summary": "tables/teacher_budget10_summary.csv",
+}
+NO_TEACHER = {"run_id": None, "candidate": None, "train_time_ms": None, "budget_ms": None, "imported": 0}
+NO_TARGET = {"value": None, "consecutive": 2, "source": "", "reason": "no teacher is selected yet", "fixed": []}
+
+
+def report_so_far(campaign: Campaign, named: list[Run], folder: Path, runs: Path, words: str) -> Path:
+    """Write the page of what is there, and return its path: so_far/report/index.html under the campaign's `folder`.
+
+    `named` are the runs known so far, of which those under `runs` that ended are shown; `words` say how far it is.
+    Raises AnalysisError for a malformed file; one that is missing is said on the page.
+    """
+    out = folder / "so_far"
+    found = ended(campaign, named, runs)
+    files = {name: folder / MADE_BY_STAGES.get(name, f"tables/{name}.csv") for name in INPUTS}
+    files |= _write_tables(campaign, found, files, out / "tables")
+    page = out / "report/index.html"
+    report(campaign.campaign, out / "figures", page, so_far=words, **files)
+    return page
+
+
+def ended(campaign: Campaign, named: list[Run], runs: Path) -> list[RunFolder]:
+    """Those of the named runs that ended here, however, and the counted and imported ones that are there."""
+    places = [(run.arm, run.label, run.run_id) for run in (*named, *tables(campaign, _data_of(named)))]
+    places += [("imported", run_id, run_id) for run_id in campaign.teacher.imported]
+    places += [("log", run_id, run_id) for run_id in campaign.baseline.imports]
+    there = [place for place in places if (runs / place[2] / "status.json").is_file()]
+    return [RunFolder.read(f"{arm}|{label}|{runs / run_id}") for arm, label, run_id in there]
+
+
+def _data_of(named: list[Run]) -> str:
+    return next((run.config.data.id for run in named), "unprepared")
+
+
+def _write_tables(campaign: Campaign, runs: list[RunFolder], files: dict[str, Path], out: Path) -> dict[str, Path]:
+    """The tables that need no comparison, of these runs; {name: path}."""
+    teacher = _decision(files["selected"], NO_TEACHER)
+    shown = [run for run in runs if _teacher_known(run, teacher)]
+    rows = tables_of(shown, teacher, None, campaign.verdict.confidence)
+    rows["curves"] = [row for run in shown for row in compare.curve_rows(run, teacher)]
+    rows["runs"] = [run.row() for run in runs]
+    columns = {"curves": compare.CURVE_COLUMNS, "runs": RUN_COLUMNS} | {
+        name: DETAILS[name] for name in DETAILS if name != "headline"
+    }
+    paths = {name: out / f"{name}.csv" for name in columns}
+    for name, path in paths.items():
+        write_csv(path, columns[name], rows[name])
+    return paths | {"ledger": _write_ledger(campaign, runs, files["target"], out)}
+
+
+def _write_ledger(campaign: Campaign, runs: list[RunFolder], target: Path, out: Path) -> Path:
+    if not target.is_file():
+        target = out / "no_target.json"
+        write_json(target, NO_TARGET)
+    path = out / "ledger.csv"
+    ledger.ledger(runs, target, campaign.exploratory, path)
+    return path
+
+
+def _decision(path: Path, otherwise: dict) -> dict:
+    return read_json(path) if path.is_file() else dict(otherwise)
+
+
+def _teacher_known(run: RunFolder, teacher: dict) -> bool:
+    """Whether what the run's teacher took is known: not of a KD run from before another one was selected."""
+    try:
+        compare.teacher_cost_ms(run, teacher)
+    except AnalysisError:
+        return False
+    return True

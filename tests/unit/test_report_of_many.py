@@ -1,0 +1,41 @@
+"""The report of a campaign of hundreds of runs: its size, and the memory it takes. Its time is printed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from test_analysis_synthetic import ROOT, SyntheticCampaign
+
+MIB = 2**20
+BUILD = """
+import json, resource, sys, time
+from pathlib import Path
+start = time.monotonic()
+from kdclimb.analysis.report import report
+files, out = json.loads(sys.argv[1]), Path(sys.argv[2])
+report("many", out / "figures", out / "index.html", **{name: Path(path) for name, path in files.items()})
+print(json.dumps([time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+"""
+
+
+def grid(temperatures):
+    boosts = {"lr_boost": [1.0, 1.25, 1.5, 2.0, 3.0], "hold_frac": [0.1, 0.15], "drop_frac": [0.35, 0.5]}
+    return {"temperature": [1 + i / 20 for i in range(temperatures)]} | boosts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperatures, seeds, least", [(8, 6, 200), (20, 16, 500)])
+def test_a_report_of_many_runs_is_small(tmp_path, temperatures, seeds, least):
+    campaign = SyntheticCampaign(tmp_path, kd={"grid": grid(temperatures)}, train={"seeds": list(range(seeds))})
+    campaign.run_all()
+    runs = len(list(campaign.runs.iterdir()))
+    assert runs >= least
+    files = json.dumps({name: str(path) for name, path in campaign.report_files().items()})
+    command = [sys.executable, "-c", BUILD, files, str(tmp_path / "built")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seconds, mib = json.loads(done.stdout)
+    size = (tmp_path / "built/index.html").stat().st_size / MIB
+    print(f"{runs} runs: {size:.2f} MiB, built in {seconds:.1f} s with {mib:.0f} MiB")
+    assert size < 5 and mib < 1024

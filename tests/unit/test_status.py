@@ -1,0 +1,112 @@
+"""How far a campaign is: stages, runs in flight, the budget; and the report of what is there."""
+
+import fcntl
+import os
+import shutil
+
+import pytest
+from configs import ROOT
+from rich.console import Console
+from test_analysis_synthetic import SyntheticCampaign
+
+from kdclimb import status
+from kdclimb.analysis.so_far import report_so_far
+
+
+class Halfway:
+    """A synthetic campaign whose results are laid out as ./run lays them out."""
+
+    def __init__(self, folder):
+        self.made, self.results = SyntheticCampaign(folder), folder / "results"
+        self.results.mkdir()
+        (self.results / "runs").symlink_to(self.made.runs, target_is_directory=True)
+        self.made.runs.mkdir()
+
+    def state(self):
+        out = self.results / "default"
+        if self.made.out.is_dir() and not out.is_symlink():
+            out.symlink_to(self.made.out, target_is_directory=True)
+        return status.state(self.made.campaign, ROOT, self.results)
+
+    def printed(self):
+        console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+        status.show(self.state(), console)
+        return console.export_text()
+
+    def page(self):
+        found = self.state()
+        folder = self.results / "default"
+        path = report_so_far(self.made.campaign, found.planned.named, folder, self.results / "runs", found.words)
+        return path.read_text().split("<script")[0]
+
+
+@pytest.fixture
+def halfway(tmp_path, monkeypatch):
+    halfway = Halfway(tmp_path)
+    data = "unprepared"  # what the synthetic campaign's runs are expanded with
+    monkeypatch.setattr(status, "data_id", lambda campaign, root: data)
+    return halfway
+
+
+def test_an_empty_campaign(halfway):
+    text = halfway.printed()
+    assert "0 of 10" in text and "budget: not set yet" in text and "no run is in flight" in text
+    assert "Not there yet: waits for the CE baseline" in halfway.page()
+
+
+def test_after_the_baseline_the_budget_is_known_and_ce_is_shown(halfway):
+    halfway.made.baseline()
+    text = halfway.printed()
+    assert "10 of 10" in text and "budget: 300 ms; no teacher selected yet" in text
+    assert "best CE so far: 3.0000 nats (CE 300, 300 steps, seed 0)" in text
+    page = halfway.page()
+    assert 'data-chart="val_loss_steps"' in page and "waits for the KD screen" in page
+    assert "10 of 16 runs known so far have ended" in page
+
+
+def test_a_finished_campaign_has_no_stage_left(halfway):
+    halfway.made.run_all()
+    text = halfway.printed()
+    assert "75 ms spent, 25%" in text and "at most" not in text
+    assert not (halfway.made.out / "so_far").exists()  # status changes nothing
+
+
+def test_a_run_in_flight_has_its_step_loss_and_time_left(halfway):
+    halfway.made.baseline()
+    run = next(run for run in halfway.made.expanded("ce") if run.config.schedule.horizon == 300)
+    folder = halfway.made.runs / run.run_id
+    (folder / "status.json").unlink()
+    (folder / ".state").mkdir()
+    (folder / ".state/lease.json").write_text('{"held": true, "job": null}')
+    (folder / "train.log").write_text(
+        "command\nattempt 1: {}\nstep 0/300 val_loss 6.0\nstep 100/300 val_loss 5.0000 1.0 s\n"
+    )
+    os.utime(folder / ".state/lease.json", (1000, 1000))
+    os.utime(folder / "train.log", (1060, 1060))
+    with (folder / ".state/lock").open("w") as lock:
+        assert halfway.state().flying == []  # a lease of a process that is gone
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (flying,) = halfway.state().flying
+        assert (flying.run.run_id, flying.step, flying.total, flying.val_loss) == (run.run_id, 100, 300, 5.0)
+        assert flying.left == 120.0  # a third of it took 60 s
+        text = halfway.printed()
+        assert "100/300" in text and "00:02:00" in text and "9 of 10" in text
+
+
+def test_a_run_that_failed_is_counted(halfway):
+    halfway.made.edit = lambda run: (
+        {"status": "oom", "reason": "9 GiB", "val": [], "step_ms": []} if run.arm == "probe" else {}
+    )
+    halfway.made.baseline()
+    halfway.made.flags("probe")
+    row = next(line for line in halfway.printed().splitlines() if line.startswith("teacher probes"))
+    assert row.split()[-1] == "6"
+
+
+def test_a_malformed_run_is_an_error_that_names_it(halfway):
+    halfway.made.baseline()
+    folder = next(iter(halfway.made.runs.iterdir()))
+    (folder / "summary.csv").write_text("")
+    with pytest.raises(ValueError, match=folder.name):
+        halfway.state()
+    shutil.rmtree(folder)
