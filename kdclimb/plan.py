@@ -29,7 +29,8 @@ FINISHED, PROBE, CE_SPEED = "finished runs", "probes", "CE speed"
 SAME_SPEED = ("model", "device", "clock", "modelled_tflops")  # of a run's config
 HOUR_MS = 3_600_000
 CLUSTER_HEADER = ("stage", "runs", "jobs", "device hours", "wall hours")
-STAGES = (("ce", "probe"), ("teacher",), ("isolate", "screen"), ("kd", "control_boost", "control_random"))
+CONTROLS = ("control_boost", "control_random", "control_smooth", "control_extra")
+STAGES = (("ce", "probe"), ("teacher",), ("isolate", "screen"), ("kd", "ngram", *CONTROLS))  # each waits for the last
 
 
 @dataclass(frozen=True)
