@@ -42,5 +42,6 @@ onsuccess:
 
 
 onerror:
+    tell_refused()
     copy_to_mirror()
     print("kdclimb: stopped by an error (above). Starting it again goes on from what is done.")

@@ -28,7 +28,7 @@ from kdclimb.artifacts import write_text
 from kdclimb.campaign import LOCKED_BUDGET_FRACTION, load, schema_path
 from kdclimb.imported import PREFIX
 
-STATUSES = ("ok", "diverged", "oom", "failed", "interrupted")
+STATUSES = ("ok", "diverged", "oom", "failed", "refused", "interrupted")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,6 +26,7 @@ STEP_COLUMNS = (
     "step tokens train_time_ms lr_mult batch_tokens window_short window_long loss_hard loss_soft "
     "kd_norm kd_share kd_kept kd_active grad_norm"
 ).split()
+TAIL_LINES = 5  # of its log, in the result of a run that did not end well
 VAL_COLUMNS = "step tokens train_time_ms val_loss teacher_kl kd_active".split()
 SUMMARY_COLUMNS = (
     "run_id arm seed status device threads shared_device steps tokens train_time_ms step_ms_median step_ms_p90 "
@@ -74,6 +75,12 @@ def write_tables(folder: Path, run_id: str, steps: list[dict], vals: list[dict],
     write_csv(folder / "val.csv", VAL_COLUMNS, vals)
     write_csv(folder / "summary.csv", SUMMARY_COLUMNS, [summary])
     plot_run(folder, run_id, steps, vals)
+
+
+def last_lines(log: Path) -> str:
+    """The end of a log, without empty lines and progress bars; "" where there is none."""
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    return "\n".join([line for line in lines if line.strip()][-TAIL_LINES:])
 
 
 class RunFolder:
@@ -147,7 +154,7 @@ class DeviceLease:
     """Whether another kdclimb run used this machine's device at the same time.
 
     Each run holds a lock file of the device; one that finds it held marks it contended, so that both
-    sides know. Programs other than kdclimb are not seen.
+    sides know. Programs other than kdclimb are not seen. `device`: its kdclimb.provenance.device_identity.
     """
 
     def __init__(self, device: str):

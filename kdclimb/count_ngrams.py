@@ -26,7 +26,7 @@ from kdclimb.artifacts import DeviceLease, RunFolder, write_json, write_tables, 
 from kdclimb.config import ConfigError, NgramConfig, canonical_json
 from kdclimb.data import Dataset
 from kdclimb.ngram import NgramTable
-from kdclimb.provenance import device_kind, source_hash, versions
+from kdclimb.provenance import device_identity, device_kind, source_hash, versions
 from kdclimb.teacher import data_facts, save_table
 
 ENTRY = "workflow/scripts/ngram.py"
@@ -154,7 +154,8 @@ def _filled(ids: Tensor, probs: Tensor, lower_ids: Tensor, lower_probs: Tensor) 
 
 
 def make(config: NgramConfig, out: Path, manifest: Path, threads: int) -> None:
-    """Count the teacher and write its run into the folder `out`; its training time is that of counting.
+    """Count the teacher and write its run into the folder `out`; its training time is that of counting. One that was
+    counted before from the same data, by the same code, is brought back.
 
     Raises ConfigError if the folder or the device don't fit the config.
     """
@@ -164,8 +165,12 @@ def make(config: NgramConfig, out: Path, manifest: Path, threads: int) -> None:
         raise ConfigError("device: cuda is asked for, but torch finds no CUDA GPU here; allowed: auto, cpu")
     torch.set_num_threads(threads)
     torch.zeros(1, device=config.device)  # a GPU is woken outside the clock
-    with RunFolder(out).lock(), DeviceLease(device_kind(config.device)) as lease:
+    folder = RunFolder(out)
+    with folder.lock(), DeviceLease(device_identity(config.device)) as lease:
         dataset, started = Dataset(manifest), datetime.now(UTC)
+        key = {"code": source_hash(ENTRY), "data": dataset.hash, "device": device_kind(config.device)}
+        if folder.restore_complete(key, any_code=False):  # what a job counted whose master was killed
+            return
         (out / "status.json").unlink(missing_ok=True)
         table, tokens, cost_ms = timed_count(dataset, config)
         cut = config.validation.cut(config.max_doc_tokens)
@@ -180,7 +185,7 @@ def make(config: NgramConfig, out: Path, manifest: Path, threads: int) -> None:
         size = " x ".join(map(str, table.ids.shape))
         said = f"{tokens:,} tokens in {cost_ms:.1f} ms ({config.clock}): {size} entries, val_loss {val_loss:.4f}"
         write_text(out / "train.log", f"{command} --threads {threads}\n{canonical_json(versions())}\n{said}\n")
-        _write(out, config, summary, started, threads, shared=lease.shared())
+        folder.finish(_write(out, config, summary, started, threads, shared=lease.shared()), key)
 
 
 def timed_count(dataset: Dataset, config: NgramConfig) -> tuple[NgramTable, int, float]:
@@ -196,15 +201,15 @@ def timed_count(dataset: Dataset, config: NgramConfig) -> tuple[NgramTable, int,
     return table, tokens, cost_ms
 
 
-def _write(out: Path, config: NgramConfig, summary: dict, started: datetime, threads: int, *, shared: bool) -> None:
-    """The run's files but its checkpoint and its log; status.json last."""
+def _write(out: Path, config: NgramConfig, summary: dict, started: datetime, threads: int, *, shared: bool) -> dict:
+    """The run's files but its checkpoint, its log, and status.json, whose content is returned."""
     device = device_kind(config.device)
     vals = [{"step": 0, "val_loss": summary["final_val"]} | {key: summary[key] for key in ("tokens", "train_time_ms")}]
     summary = summary | {"run_id": config.run_id, "arm": "ngram", "status": "ok", "clock": config.clock}
     summary |= {"device": device, "threads": threads, "shared_device": int(shared)}
     write_json(out / "config.json", dataclasses.asdict(config))
     write_tables(out, config.run_id, [], vals, summary)
-    status = {
+    return {
         "status": "ok",
         "reason": None,
         "started": started.isoformat(timespec="seconds"),
@@ -215,4 +220,3 @@ def _write(out: Path, config: NgramConfig, summary: dict, started: datetime, thr
         "code_hash": source_hash(ENTRY),  # not in the summary too: it is not the trainer's
         "versions": versions(),
     }
-    write_json(out / "status.json", status)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -23,6 +24,9 @@ WAIT_SECONDS = 10  # between two looks at another's job
 ENDED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split()
 BLAMELESS = ("CANCELLED", "NODE_FAIL", "PREEMPTED")  # endings that say nothing about the run
 GONE = "gone from the queue"
+# In the words of Slurm's log. Without cgroups the state of a job that its memory watch killed is FAILED.
+OUT_OF_MEMORY = re.compile("OUT_OF_MEMORY|exceeded .*memory limit|oom.kill", re.IGNORECASE)
+SLURMS_ERROR = re.compile(r"^slurmstepd[^:]*: error: (?!\*\*\*)(.+)$", re.MULTILINE)  # starred: that the job was ended
 
 
 def slurm_job() -> str | None:
@@ -39,6 +43,23 @@ def job_state(job: str) -> str:
     if done.returncode and "Invalid job id" not in done.stderr:
         raise OSError(f"squeue does not answer: {done.stderr.strip()}")
     return done.stdout.strip() or GONE
+
+
+def slurms_error(job: str) -> str:
+    """The last error of Slurm itself in the log of a job; "" if there is none, or if Slurm no longer knows the job."""
+    if shutil.which("scontrol") is None:
+        return ""
+    done = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True)
+    log = re.search(r"^\s*StdOut=(.+)$", done.stdout, re.MULTILINE)
+    if log is None or not Path(log[1]).is_file():
+        return ""
+    found = SLURMS_ERROR.findall(Path(log[1]).read_text(errors="replace"))
+    return found[-1] if found else ""
+
+
+def status_of(killed: list[str]) -> str:
+    """The status of a run whose tries were all ended from outside, by how they were."""
+    return "oom" if any(OUT_OF_MEMORY.search(how) for how in killed) else "failed"
 
 
 def queued_jobs(folder: Path, comment: str) -> list[str]:
@@ -101,4 +122,5 @@ class Lease:
             where = f"{self.path}: held by Slurm job {left['job']}"
             raise ConfigError(f"{where}, and {error}; delete that file if the job is gone") from error
         if state not in BLAMELESS:
-            self.killed.append(f"Slurm job {left['job']} was ended: {state}")
+            said = slurms_error(left["job"])
+            self.killed.append(f"Slurm job {left['job']} was ended: {state}{f' ({said})' if said else ''}")

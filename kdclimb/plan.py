@@ -37,7 +37,12 @@ CONTROL_NAMES = {
     "control_growth": "grown from the teacher",
 }
 CLUSTER_HEADER = ("stage", "runs", "jobs", "device hours", "wall hours")
-STAGES = (("ce", "ce_screen", "probe"), ("teacher",), ("isolate", "screen"), ("kd", *CONTROL_NAMES))
+STAGES = (  # each waits for the last
+    ("ce", "ce_screen", "probe"),
+    ("teacher",),
+    ("isolate", "screen"),
+    ("kd", "ngram", *CONTROL_NAMES),
+)
 
 
 @dataclass(frozen=True)

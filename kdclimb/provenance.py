@@ -87,6 +87,15 @@ def device_kind(device: str) -> str:
     return f"cpu {names[0] if names else platform.machine()}"
 
 
+def device_identity(device: str) -> str:
+    """What tells this device from the others of its machine: a GPU's UUID, for a node may have several of one kind."""
+    if device == "cuda":
+        import torch
+
+        return f"{device_kind(device)} {torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+    return device_kind(device)
+
+
 def versions() -> dict[str, str]:
     import torch
 

@@ -20,12 +20,12 @@ import torch
 from tqdm import tqdm
 
 from kdclimb.anchor import anchor_ms
-from kdclimb.artifacts import DeviceLease, RunFolder, write_json, write_tables
+from kdclimb.artifacts import DeviceLease, RunFolder, last_lines, write_json, write_tables
 from kdclimb.attention import choose_backend
 from kdclimb.config import ConfigError, RunConfig, short_hash
 from kdclimb.data import Dataset
-from kdclimb.lease import Lease, slurm_job
-from kdclimb.provenance import device_kind, source_hash, versions
+from kdclimb.lease import Lease, slurm_job, status_of
+from kdclimb.provenance import device_identity, device_kind, source_hash, versions
 from kdclimb.teacher import checkpoint_facts, read_description, save_checkpoint
 from kdclimb.train import Diverged, Interrupted, Trainer
 
@@ -143,13 +143,12 @@ class _Attempt:
         with Lease(self.folder.state / "lease.json", self.folder.progress()) as held:
             attempts = self.folder.count_attempt()
             if give_up and len(held.killed) >= KILLED_TRIES:
-                status = "oom" if any("OUT_OF_MEMORY" in how for how in held.killed) else "failed"
-                self._write(status, "; ".join(held.killed), attempts, shared=False)
+                self._write(status_of(held.killed), "; ".join(held.killed), attempts, shared=False)
                 return 0
             return self._try(attempts, last_attempt)
 
     def _try(self, attempts: int, last_attempt: bool) -> int:
-        with DeviceLease(self.key["device"]) as lease:
+        with DeviceLease(device_identity(self.config.device)) as lease:
             status, reason = self._log(attempts)
             shared = lease.shared()
         if status == "interrupted":
@@ -224,7 +223,9 @@ class _Attempt:
             save_checkpoint(checkpoints, trainer.model, facts | {"untied": trainer.model.head is not None})
         description = {
             "status": status,
-            "reason": f"{reason} (Slurm job {slurm_job()})" if reason and slurm_job() else reason,
+            "reason": reason,
+            "slurm_job": slurm_job(),
+            "log_tail": None if status == "ok" else last_lines(out / "train.log"),
             "started": self.started.isoformat(timespec="seconds"),
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
             "attempts": attempts,

@@ -20,7 +20,7 @@ from kdclimb.data import Dataset
 from kdclimb.evaluate import teacher_target
 from kdclimb.kernels import DenseTeacher, fp8
 from kdclimb.model import GPT
-from kdclimb.provenance import device_kind, versions
+from kdclimb.provenance import device_identity, device_kind, versions
 from kdclimb.sparsify import sample, top_k
 from kdclimb.teacher import data_facts, load_teacher, read_description
 
@@ -53,7 +53,7 @@ def write(config: CacheConfig, out: Path, manifest: Path, teacher_folder: Path, 
     out.mkdir(parents=True, exist_ok=True)
     (out / DESCRIPTION).unlink(missing_ok=True)
     announce(config, teacher.config.dim, out)
-    with DeviceLease(device_kind(config.device)) as lease:
+    with DeviceLease(device_identity(config.device)) as lease:
         checksums, cost_ms = _fill(config, out, dataset, teacher)
         shared = lease.shared()
     description = {

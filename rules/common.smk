@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
 
 from kdclimb import campaign as campaigns
 from kdclimb import expansion
@@ -19,6 +20,7 @@ from kdclimb.imported import PREFIX
 from kdclimb.lease import queued_jobs
 from kdclimb.mirror import mirror, not_mirrored
 from kdclimb.provenance import source_hash
+from kdclimb.refused import Refusals, write_refused
 from kdclimb.schedule import total_tokens
 
 ROOT = Path(workflow.basedir)
@@ -61,6 +63,8 @@ if MINUTES is not None and workflow.is_main_process:
         )
     width = f"through Slurm, at most {workflow.resource_settings.nodes} jobs at a time"
     print(f"kdclimb: campaign {CAMPAIGN.campaign} on {CAMPAIGN.device}, {width}", file=sys.stderr)
+REFUSALS = Refusals()
+logger.addHandler(REFUSALS)
 RETRIES = 0 if not workflow.is_main_process else 1 if MINUTES is None else 3
 GPU_TYPE = of_profile("gpu_type", "default") if CAMPAIGN.device == "cuda" else "default"
 SIGNAL = of_profile("slurm_signal", "TERM@120")  # NAME@SECONDS, before a job's time limit
@@ -273,6 +277,14 @@ def compile_cache():
     """Words for `env` that send what torch.compile and Triton make to the node's own disk."""
     folder = CAMPAIGN.cluster.compile_cache
     return "" if folder is None else f'TORCHINDUCTOR_CACHE_DIR="{folder}/inductor" TRITON_CACHE_DIR="{folder}/triton"'
+
+
+def tell_refused():
+    """Make results of the runs that Slurm did not take, so that the next start goes on without them."""
+    for run_id, said in REFUSALS.said.items():
+        if write_refused(expand_runs()[1][run_id], Path("results/runs", run_id), said):
+            retry = "python -m kdclimb retry --status refused"
+            print(f"kdclimb: {run_id}: refused by Slurm: {said}. To ask again: {retry}", file=sys.stderr)
 
 
 def copy_to_mirror():

@@ -29,6 +29,7 @@ rule ngram:
     threads: workflow.resource_settings.cores or 1
     resources:
         runtime=lambda wildcards, attempt: longest_runtime(attempt),
+        slurm_extra=lambda wildcards: sbatch_options(f"rule_ngram_wildcards_{wildcards.table}"),
         gpu=int(CAMPAIGN.device == "cuda"),
         gpu_model="" if GPU_TYPE == "default" else GPU_TYPE,
     params:
@@ -55,6 +56,7 @@ rule kd_cache:
     threads: workflow.resource_settings.cores or 1
     resources:
         runtime=lambda wildcards, attempt: longest_runtime(attempt),
+        slurm_extra=lambda wildcards: sbatch_options(f"rule_kd_cache_wildcards_{wildcards.cache}"),
         gpu=int(CAMPAIGN.device == "cuda"),
         gpu_model="" if GPU_TYPE == "default" else GPU_TYPE,
     params:

@@ -1,27 +1,83 @@
-"""Order of the tests, what fails fastest first; where Triton's kernels run: on the GPU under -m gpu, else in its
-interpreter; and the finished tiny campaign that several folders look at.
+"""Order of the tests, what fails fastest first; their cores; where Triton's kernels run: on the GPU under -m gpu, else
+in its interpreter; and the finished tiny campaign that several folders look at.
 """
 
+import fcntl
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
-from checkouts import TINY, Checkout
+from checkouts import CORES, SMALL, TINY, Checkout, overlay
 
 FOLDERS = ("unit", "workflow")  # then all others
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # gw0, gw1, ...; None where one process runs all tests
 
 
 # Triton reads this once, when it is imported: by another conftest.py or by tests/gpu, and so before any hook is called.
-if "gpu" not in sys.argv:
+if WORKER is None and "gpu" not in sys.argv:  # workers are told by the process that started them
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_configure(config):
+    """Workers side by side have their own cores, since threads of two trainings on one core wait for each other by
+    spinning; and so each has a device of its own: the lock of kdclimb's DeviceLease is in the temporary folder.
+    """
+    if WORKER is None:
+        return
+    number, count = int(WORKER.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.sched_setaffinity(0, CORES[number::count] or CORES)
+    own = Path(config.option.basetemp).with_name(f"{WORKER}-tmp")
+    own.mkdir()
+    os.environ["TMPDIR"], tempfile.tempdir = str(own), None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """One worker has all tests of Slurm, and begins with them, since they wait more than they compute."""
+    from xdist.scheduler import LoadScopeScheduling  # which hands out the largest scope first
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return "slurm" if nodeid.startswith("tests/slurm/") else nodeid
+
+    return Scheduler(config, log)
+
+
+def made_once(tmp_path_factory, name, make):
+    """A checkout that all workers look at: the first to ask for it makes it, `make(checkout)` gives its output."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder if WORKER is None else folder.parent) / name
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        output = folder / "output"
+        if not output.is_file():
+            text = make(Checkout(folder / "kdclimb"))
+            output.write_text(text)
+    checkout = Checkout.of(folder / "kdclimb")
+    checkout.output = output.read_text()
+    return checkout
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """The tiny campaign, run once from nothing to its report. Read only: copy it to change it."""
-    checkout = Checkout(tmp_path_factory.mktemp("finished") / "kdclimb")
-    checkout.output = checkout.run(*TINY)
-    return checkout
+    return made_once(tmp_path_factory, "finished", lambda checkout: checkout.run(*TINY))
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory, finished):
+    """The tables of the tiny campaign with one seed and one candidate, made from the runs of the finished one."""
+
+    def make(checkout):
+        checkout.take(finished)
+        output = checkout.run(*overlay(checkout, "small", **SMALL))
+        assert checkout.attempts() == finished.attempts()  # nothing was trained
+        return output
+
+    return made_once(tmp_path_factory, "small", make)
 
 
 def pytest_collection_modifyitems(items):

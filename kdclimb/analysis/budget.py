@@ -73,8 +73,8 @@ def _logged_row(path: Path) -> dict:
     if problems:
         raise AnalysisError(f"baseline.log: {path} can't set the budget: {'; '.join(problems)}")
     config = log_config(log)
-    place = {"arm": "ce", "label": path.name, "horizon": config.horizon, "kind": config.kind, "reason": ""}
-    return summary(log) | place
+    place = {"arm": "ce", "label": path.name, "horizon": config.horizon, "kind": config.kind}
+    return summary(log) | place | dict.fromkeys(("reason", "slurm_job", "log_tail"), "")
 
 
 def _remedy(run: RunFolder, what: str) -> str:

@@ -26,12 +26,14 @@ from kdclimb.imported import ImportedConfig, LogConfig, read_config
 
 STEP_COLUMNS = ("step", "tokens", "train_time_ms", "batch_tokens", "kd_share", "kd_active")  # those that are read here
 # A run in a campaign's table. The trainer's own `arm` (ce, kd, ...) is called kind here, since arm is the stage.
+# The last two where it did not end well: the Slurm job that wrote its result, and the end of its log.
 RUN_COLUMNS = ("arm", "label", "horizon", "kind", *(c for c in SUMMARY_COLUMNS if c != "arm"), "reason")
+RUN_COLUMNS += ("slurm_job", "log_tail")
 TEXT = frozenset(
     "arm label kind run_id probe_run_id candidate status reason device clock code_hash data_hash miss_reason "
     "time_note verdict missing_artifacts measure target against cost note outcome "
-    "chosen edge condition met evidence promoted check_budget check_budget_by check_falling check_falling_by "
-    "check_no_oom check_no_oom_by check_artifacts check_artifacts_by".split()
+    "slurm_job log_tail chosen edge condition met evidence promoted check_budget check_budget_by check_falling "
+    "check_falling_by check_no_oom check_no_oom_by check_artifacts check_artifacts_by".split()
 )
 WARMUP_STEPS = 2  # the first steps are slower on every device, and a probe is too short to dilute them
 INTEGER = re.compile(r"-?\d+")
@@ -105,6 +107,8 @@ class RunFolder:
     status: str
     reason: str
     summary: dict
+    slurm_job: str = ""
+    log_tail: str = ""
     speed: float = 1.0  # factor that all its times are read with: the machine's anchor was so much faster or slower
     unsteady: str = ""  # why its time can be compared with no other's
 
@@ -129,7 +133,9 @@ class RunFolder:
         rows = read_csv(folder / "summary.csv", SUMMARY_COLUMNS)
         if len(rows) != 1 or rows[0]["run_id"] != folder.name:
             raise AnalysisError(f"{folder / 'summary.csv'}: not the one row of run {folder.name}")
-        return cls(arm, label, folder, config, status["status"], status["reason"] or "", rows[0])
+        ended = (status["status"], status["reason"] or "")
+        where = (status.get("slurm_job") or "", status.get("log_tail") or "")  # not all kinds of runs have them
+        return cls(arm, label, folder, config, *ended, rows[0], *where)
 
     @property
     def run_id(self) -> str:
@@ -181,16 +187,17 @@ class RunFolder:
         return rows
 
     def row(self) -> dict:
-        """The run as a row of RUN_COLUMNS. Resumes (`broken`) concern measured time only and are left out otherwise."""
+        """The run as a row of RUN_COLUMNS. `broken` and `shared_device` are of measured time, else empty."""
         row = self.summary | {
             "arm": self.arm,
             "label": self.label,
             "horizon": self.horizon,
             "kind": self.summary["arm"],
         }
-        broken = self.summary["broken"] if self.config.clock == "measured" else None
-        row |= {"run_id": self.run_id, "status": self.status, "reason": self.reason, "broken": broken}
-        return row | {"unsteady": self.unsteady}
+        if self.config.clock != "measured":
+            row |= {"broken": None, "shared_device": None}
+        row |= {"run_id": self.run_id, "status": self.status, "reason": self.reason, "unsteady": self.unsteady}
+        return row | {"slurm_job": "" if self.ok else self.slurm_job, "log_tail": "" if self.ok else self.log_tail}
 
     def durations(self, per_token: bool = False) -> list[float]:
         """Milliseconds of each step (or of each token of it), without the first WARMUP_STEPS steps.

@@ -1,6 +1,7 @@
 """A real Slurm of one node on loopback: munged, slurmctld and slurmd, started by hand and stopped by their pids."""
 
 import csv
+import ctypes
 import os
 import shutil
 import signal
@@ -10,45 +11,63 @@ import time
 from pathlib import Path
 
 import pytest
-from checkouts import Checkout
+from checkouts import CORES, Checkout
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 CONFIG = Path("/etc/slurm")  # where Debian's Slurm looks: the jobstep plugin drops SLURM_CONF
 NODE = "node1"
 PORTS = {"CTLD_PORT": 26817, "SLURMD_PORT": 26818, "SRUN_PORTS": "26900-26999"}
-AS_TYPED = "snakemake --cores 8 --profile slurm".split()
-ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(("KDCLIMB", "SNAKEMAKE", "SLURM"))}
-ENVIRONMENT |= {"PATH": f"{os.environ['PATH']}:/usr/sbin", "DEBIAN_FRONTEND": "noninteractive"}
+
+
+def environment() -> dict[str, str]:
+    """Read anew, since conftest.py may have set a temporary folder for this worker meanwhile."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("KDCLIMB", "SNAKEMAKE", "SLURM"))}
+    return kept | {"PATH": f"{os.environ['PATH']}:/usr/sbin", "DEBIAN_FRONTEND": "noninteractive"}
 
 
 def call(*command, **options) -> str:
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=ENVIRONMENT, **options)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment(), **options)
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout
 
 
+def is_left_over(file: Path) -> bool:
+    """Whether a slurm.conf is of these tests, killed before they could take it away."""
+    return file.is_symlink() and not any(is_alive(pid) for pid in file.resolve().parent.glob("*.pid"))
+
+
+def is_alive(pid_file: Path) -> bool:
+    return pid_file.is_file() and Path("/proc", pid_file.read_text().strip() or "none").exists()
+
+
 def install() -> None:
     """Debian's packages. Where that can't be, the tests are skipped, but never in CI."""
-    if all(shutil.which(name, path=ENVIRONMENT["PATH"]) for name in ("munged", "slurmctld", "slurmd", "sbatch")):
+    say = pytest.fail if os.environ.get("CI") else pytest.skip
+    if (CONFIG / "slurm.conf").exists() and not is_left_over(CONFIG / "slurm.conf"):
+        say(f"{CONFIG} is in use: this machine has a Slurm of its own, which these tests leave alone")
+    if os.getuid() != 0:
+        say("these tests start munged, slurmctld and slurmd as root, and you are not")
+    if all(shutil.which(name, path=environment()["PATH"]) for name in ("munged", "slurmctld", "slurmd", "sbatch")):
         return
-    if os.getuid() == 0 and shutil.which("apt-get"):
+    install = ("apt-get", "install", "-y", "--no-install-recommends", *PACKAGES)
+    if not shutil.which("apt-get"):
+        say(f"Slurm can be installed here on Debian alone: {' '.join(install)}")
+    try:
         call("apt-get", "update")
-        call("apt-get", "install", "-y", "--no-install-recommends", *PACKAGES)
-    else:
-        say = pytest.fail if os.environ.get("CI") else pytest.skip
-        say(f"Slurm's packages can be installed by root on Debian alone: apt-get install {' '.join(PACKAGES)}")
+        call(*install)
+    except AssertionError as error:
+        say(f"Slurm could not be installed: {error}")
 
 
 class Cluster:
     """Started when made; `stop` ends its daemons and whatever jobs are left."""
 
     def __init__(self, folder: Path):
-        self.folder, self.cpus = folder, len(os.sched_getaffinity(0))
-        if (CONFIG / "slurm.conf").exists():
-            pytest.fail(f"{CONFIG} is in use: this machine has a Slurm of its own, which these tests leave alone")
+        self.folder, self.cpus = folder, len(CORES)  # all, though this process may have but some of them
         for name in ("slurmctld", "slurmd"):
             (folder / name).mkdir(parents=True)
         folder.chmod(0o755)
+        self.daemons: list[subprocess.Popen] = []
         self._configure()
         self._start()
 
@@ -72,19 +91,31 @@ class Cluster:
     def _start(self) -> None:
         files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munged.pid", "log-file": "munged.log"}
         files["seed-file"] = "munge.seed"
-        call("munged", "--force", *(f"--{flag}={self.folder / name}" for flag, name in files.items()))
-        call("slurmctld")
-        call("slurmd", "-N", NODE)
+        flags = [f"--{flag}={self.folder / name}" for flag, name in files.items()]
+        self._launch("munged", "--foreground", "--force", *flags)
+        self._wait_for((self.folder / "munge.socket").is_socket)
+        self._launch("slurmctld", "-D")
+        self._wait_for(lambda: "UP" in self._ask("scontrol", "ping"))  # else slurmd waits before it tries again
+        self._launch("slurmd", "-D", "-N", NODE)
+        self._wait_for(lambda: self.node_state() in ("idle", "mixed", "allocated"))
+
+    def _launch(self, *command: str) -> None:
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        daemon = subprocess.Popen(command, env=environment(), preexec_fn=_die_with_the_tests, **quiet)
+        self.daemons.insert(0, daemon)
+
+    def _wait_for(self, seen) -> None:
         end = time.monotonic() + 30
-        while self.node_state() not in ("idle", "mixed", "allocated"):
-            assert time.monotonic() < end, (self.folder / "slurmctld.log").read_text()[-3000:]
+        while not seen():
+            logs = {log.name: log.read_text()[-3000:] for log in self.folder.glob("*.log")}
+            assert time.monotonic() < end, logs
             time.sleep(0.1)
 
+    def _ask(self, *command: str) -> str:
+        return subprocess.run(command, capture_output=True, text=True, env=environment()).stdout.strip()
+
     def node_state(self) -> str:
-        listed = subprocess.run(
-            ["sinfo", "--noheader", "--format=%T", f"--nodes={NODE}"], capture_output=True, text=True, env=ENVIRONMENT
-        )
-        return listed.stdout.strip()
+        return self._ask("sinfo", "--noheader", "--format=%T", f"--nodes={NODE}")
 
     def jobs(self, *states: str) -> list[tuple[str, str]]:
         """(id, comment) of the jobs in these states, oldest first."""
@@ -96,27 +127,27 @@ class Cluster:
         return next((job for job, comment in self.jobs(*states) if comment == f"rule_train_wildcards_{run_id}"), None)
 
     def stop(self) -> None:
-        subprocess.run(["scancel", "--full", "--signal=KILL", "--user=root"], capture_output=True, env=ENVIRONMENT)
-        for name in ("slurmd", "slurmctld", "munged"):
-            file = self.folder / f"{name}.pid"
-            if file.is_file():
-                self._end(int(file.read_text()))
+        subprocess.run(["scancel", "--full", "--signal=KILL", "--user=root"], capture_output=True, env=environment())
+        for daemon in self.daemons:
+            daemon.terminate()
+            daemon.wait(timeout=20)
         for name in ("slurm.conf", "gres.conf"):
             (CONFIG / name).unlink(missing_ok=True)
 
-    def _end(self, process: int) -> None:
-        os.kill(process, signal.SIGTERM)
-        end = time.monotonic() + 20
-        while Path(f"/proc/{process}").exists() and time.monotonic() < end:
-            time.sleep(0.1)
+
+def _die_with_the_tests() -> None:
+    """For a child: on all cores, and ended by SIGTERM when the process that started it is gone."""
+    os.sched_setaffinity(0, CORES)
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class Master(Checkout):
     """A checkout whose slurm/config.yaml is filled in as a user would, with times and sizes of the tiny campaign."""
 
-    def __init__(self, path: Path, cluster: Cluster, *, minutes: int = 10, threads: int = 1, finished=None):
+    command = ("snakemake", "--cores", "8", "--profile", "slurm")
+
+    def __init__(self, path: Path, *, minutes: int = 10, threads: int = 1, finished=None):
         super().__init__(path, finished)
-        self.cluster = cluster
         profile = "slurm/config.yaml"
         text = (path / profile).read_text()
         (path / profile).write_text("".join(line for line in text.splitlines(True) if "slurm_account:" not in line))
@@ -129,17 +160,9 @@ class Master(Checkout):
         for rule, cores in {"train": 4, "train_batch": 4, "data": 2}.items():
             self.edit(profile, f"  {rule}: {cores}\n", f"  {rule}: {threads}\n")
 
-    def start(self, *arguments) -> subprocess.Popen:
-        environment = ENVIRONMENT | {"PATH": f"{self.path / '.venv/bin'}:{ENVIRONMENT['PATH']}"}
-        return subprocess.Popen(
-            [*AS_TYPED, *arguments],
-            cwd=self.path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+    def environment(self) -> dict[str, str]:
+        found = environment()
+        return found | {"PATH": f"{self.path / '.venv/bin'}:{found['PATH']}"}
 
     def dry_run(self, *arguments) -> str:
         return call(self.path / ".venv/bin/snakemake", "--cores", 8, "-n", *arguments, cwd=self.path)

@@ -1,22 +1,19 @@
 """Campaigns through a real Slurm: as typed, over the time limit, requeued, with a killed master, refused, failing."""
 
 import json
+import os
 import re
 from types import SimpleNamespace
 
 import pytest
-import yaml
-from checkouts import ROOT, Checkout, jobs, overlay
+from checkouts import CANDIDATES, SMALL, jobs, overlay
 from cluster import Master, call
+
+from kdclimb.analysis.tables import RunFolder
+from kdclimb.refused import OF_THE_REQUEST
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-CANDIDATES = yaml.safe_load((ROOT / "tests/tiny.yaml").read_text())["teacher"]["candidates"]
-SMALL = {
-    "train": {"seeds": [0]},
-    "teacher": {"candidates": CANDIDATES[:1]},
-    "controls": {"label_smoothing": 0.0, "extra_steps": False},
-}
 TOO_LARGE = {"num_layers": 40, "num_heads": 32, "head_dim": 64, "steps": 30}
 OVER_LIMIT, WITHOUT_MASTER = 3000, 1300  # steps of some 25 ms; the first must take more than a minute on any machine
 
@@ -40,7 +37,7 @@ def started(tmp_path_factory, cluster, finished):
     """
 
     def checkout(name, **options):
-        return Master(tmp_path_factory.mktemp(name) / "kdclimb", cluster, finished=finished, **options)
+        return Master(tmp_path_factory.mktemp(name) / "kdclimb", finished=finished, **options)
 
     over, large, refused = checkout("over", minutes=1), checkout("large"), checkout("refused")
     over.run_id, arguments = one_run(over, OVER_LIMIT)
@@ -48,8 +45,8 @@ def started(tmp_path_factory, cluster, finished):
     changes = {"teacher": {"candidates": [*CANDIDATES[:1], TOO_LARGE]}}
     large.process = large.start("results/tiny/teacher/projected.json", *overlay(large, "large", **changes))
     refused.edit("slurm/config.yaml", "gpu_type: default", "gpu_type: h100")
-    refused.run_id, arguments = one_run(refused, 50, device="cuda")
-    refused.process = refused.start(*arguments)
+    refused.run_id, refused.arguments = one_run(refused, 50, device="cuda")
+    refused.process = refused.start(*refused.arguments)
     yield SimpleNamespace(over=over, large=large, refused=refused)
     for master in (over, large, refused):
         master.process.kill()
@@ -60,11 +57,8 @@ def end(master: Master) -> str:
     return master.process.communicate(timeout=400)[0]
 
 
-def test_the_tiny_campaign_as_typed_has_the_tables_of_a_local_one(tmp_path, cluster, finished):
-    local = Checkout(tmp_path / "local", finished)
-    local.run(*overlay(local, "small", **SMALL))
-    assert local.attempts() == finished.attempts()  # its tables alone were made, from the runs of the finished one
-    master = Master(tmp_path / "slurm", cluster, threads=cluster.cpus)
+def test_the_tiny_campaign_as_typed_has_the_tables_of_a_local_one(tmp_path, cluster, finished, small):
+    master = Master(tmp_path / "slurm", threads=len(os.sched_getaffinity(0)))  # as many as the local runs
     output = master.run(*overlay(master, "small", cluster={"points_per_job": 2}, **SMALL))
     ours = [line for line in output.splitlines() if line.startswith("kdclimb: ")]
     assert ours[0] == "kdclimb: campaign tiny on cpu, through Slurm, at most 8 jobs at a time"
@@ -78,13 +72,13 @@ def test_the_tiny_campaign_as_typed_has_the_tables_of_a_local_one(tmp_path, clus
         "train",
     }
     tables = {name: text for name, text in master.tables().items() if not name.startswith("kd/batches/")}
-    expected = local.tables()
+    expected = small.tables()
     assert tables.keys() == expected.keys()
     assert [name for name in expected if tables[name] != expected[name]] == []
 
 
 def test_a_training_job_asks_for_a_gpu(tmp_path, cluster, finished, started):
-    master = Master(tmp_path / "kdclimb", cluster, finished=finished)
+    master = Master(tmp_path / "kdclimb", finished=finished)
     master.edit("slurm/config.yaml", "gpu_type: default", "gpu_type: fake")
     run_id, arguments = one_run(master, 50, device="cuda")
     process = master.start(*arguments)
@@ -95,7 +89,7 @@ def test_a_training_job_asks_for_a_gpu(tmp_path, cluster, finished, started):
 
 
 def test_a_requeued_run_goes_on_and_a_killed_masters_result_is_taken(tmp_path, cluster, finished, started):
-    master = Master(tmp_path / "kdclimb", cluster, finished=finished)
+    master = Master(tmp_path / "kdclimb", finished=finished)
     run_id, arguments = one_run(master, WITHOUT_MASTER)
     process = master.start(*arguments)
     folder = master.path / "results/runs" / run_id
@@ -114,11 +108,16 @@ def test_a_requeued_run_goes_on_and_a_killed_masters_result_is_taken(tmp_path, c
 
 
 def test_what_no_node_has_is_refused_with_its_reason(started):
-    output = end(started.refused)
-    assert started.refused.process.returncode != 0
+    refused, output = started.refused, end(started.refused)
+    assert refused.process.returncode != 0
     assert "SLURM sbatch failed" in output and "--gpus=h100:1" in output
-    assert "Requested node configuration is not available" in output or "Invalid generic resource" in output
-    assert not (started.refused.path / "results/runs" / started.refused.run_id / "status.json").exists()
+    assert "kdclimb retry --status refused" in output
+    row = RunFolder.read(f"ce|CE 50|{refused.path / 'results/runs' / refused.run_id}").row()  # of the run table
+    assert (
+        row["status"] == "refused" and row["log_tail"] in row["reason"] and row["log_tail"] in " ".join(output.split())
+    )
+    assert any(known in row["reason"] for known in OF_THE_REQUEST)
+    assert "Nothing to be done" in refused.dry_run(*refused.arguments)  # a result, without which the campaign goes on
 
 
 def test_a_candidate_out_of_memory_does_not_stop_the_campaign(started):
@@ -129,7 +128,8 @@ def test_a_candidate_out_of_memory_does_not_stop_the_campaign(started):
     projected = json.loads((started.large.path / "results/tiny/teacher/projected.json").read_text())
     assert len(projected["survivors"]) == 1
     (reason,) = projected["rejected"].values()
-    assert reason.count("was ended: ") == 2 and "Slurm job " in reason
+    assert len(re.findall(r"Slurm job \d+ was ended: ", reason)) == 2 and reason.startswith("no OOM fallback: ")
+    assert "Exceeded job memory limit" in reason  # though Slurm's state, without cgroups, is FAILED
 
 
 def test_a_run_over_its_time_limit_goes_on_and_finishes(started):

@@ -1,5 +1,7 @@
 """File formats: typed cells, atomic writes, and errors that name the file."""
 
+import json
+
 import pytest
 from test_analysis_synthetic import make_config, run_folder, run_script, write_run
 
@@ -87,6 +89,20 @@ def test_durations_drop_the_first_two_steps(tmp_path):
     assert run.durations(per_token=True) == [0.01, 0.03, 0.02]
     short = run_folder(tmp_path, "probe", "B", make_config(stop_step=2), step_ms=[90.0, 50.0])
     assert short.durations() == [50.0]
+
+
+def test_where_a_run_ran_is_told_if_it_did_not_end_well(tmp_path):
+    """A good run's row is the same wherever it ran."""
+    for status, told in (("ok", ("", "")), ("oom", ("12", "step 3\nout of memory"))):
+        folder = write_run(tmp_path / status, make_config(), status=status)
+        file = folder / "status.json"
+        file.write_text(
+            json.dumps(json.loads(file.read_text()) | {"slurm_job": "12", "log_tail": "step 3\nout of memory"})
+        )
+        row = RunFolder.read(f"ce|CE|{folder}").row()
+        tables.write_csv(tmp_path / "runs.csv", tables.RUN_COLUMNS, [row])
+        (read,) = tables.read_csv(tmp_path / "runs.csv", tables.RUN_COLUMNS)
+        assert (read["slurm_job"], read["log_tail"]) == told
 
 
 def test_resumes_count_under_the_measured_clock_only(tmp_path):

@@ -360,6 +360,14 @@ def test_times_come_from_finished_runs_probes_and_the_ce_speed(capsys, results):
     assert f"CE speed: 10.4 ms per 1,000 tokens on {HERE}; while KD is active, a run takes longer than that." in lines
 
 
+def test_the_plan_on_a_cluster_leaves_no_run_out(tmp_path):
+    ngram = {"orders": [2], "token_frac": [0.2], "entries": 16, "contexts": 300}
+    config = campaign.load(merged("tests/tiny.yaml", {"kd": {"ngram": ngram}}), ROOT)
+    told = plan.on_cluster(config, ROOT, tmp_path, 8).splitlines()[2:-1]
+    planned = plan.what_runs(config, {}, campaign.data_id(config, ROOT))
+    assert sum(int(line.split()[-4]) for line in told) == len({run.run_id for run in planned.named + planned.later})
+
+
 def test_the_plan_on_a_cluster_shares_jobs_out(tmp_path):
     # Six screening points, each as long as the finished CE run, 5 h: two jobs of three points.
     changes = {

@@ -64,6 +64,28 @@ def test_killed_jobs_are_counted_until_the_run_comes_further(tmp_path, monkeypat
     assert take(path, monkeypatch, "4", progress=6) == []
 
 
+def test_slurms_own_log_says_why_where_the_state_does_not(tmp_path, monkeypatch, slurm):
+    """Without cgroups and accounting, a job that the memory watch killed has FAILED."""
+    log = tmp_path / "1.log"
+    log.write_text(
+        "a line of the run\n"
+        "slurmstepd-node1: error: StepId=1.0 exceeded memory limit (4636672000 > 4194304000), being killed\n"
+        "slurmstepd-node1: error: Exceeded job memory limit\n"
+        "slurmstepd-node1: error: *** JOB 1 ON node1 CANCELLED AT 2026-11-24T22:11:57 ***\n"
+    )
+    show = f"#!/bin/sh\n[ \"$3\" = 1 ] && echo 'JobId=1 JobName=a' && echo '   StdOut={log}'\n"
+    (tmp_path / "scontrol").write_text(show)
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for job in ("1", "2"):
+        leave(tmp_path / "lease.json", monkeypatch, job)
+        slurm[0][job] = ["FAILED"]
+        killed = take(tmp_path / "lease.json", monkeypatch, "3")
+    assert killed == ["Slurm job 1 was ended: FAILED (Exceeded job memory limit)", "Slurm job 2 was ended: FAILED"]
+    assert lease.status_of(killed) == "oom" and lease.status_of(killed[1:]) == "failed"
+    assert lease.status_of(["Slurm job 1 was ended: OUT_OF_MEMORY"]) == "oom"
+
+
 @pytest.mark.parametrize("state", ["PREEMPTED", "NODE_FAIL", "CANCELLED"])
 def test_what_says_nothing_of_the_run_is_not_counted(tmp_path, monkeypatch, slurm, state):
     leave(tmp_path / "lease.json", monkeypatch, "1")

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 from collections import Counter
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from configs import ROOT, merged
 
 from kdclimb import campaign, count_ngrams, expansion
+from kdclimb.artifacts import ARTIFACTS
 from kdclimb.config import ConfigError
 from kdclimb.count_ngrams import count, make
 from kdclimb.data import Dataset
@@ -159,6 +161,23 @@ def test_its_run_is_a_teacher_like_another(folders, configs, batches, dataset):
         random_teacher(folder / "checkpoints", 0, batches, device="cpu")
     with pytest.raises(ConfigError, match="is called"):
         make(config, folder.parent / "other", folder, threads=1)
+
+
+def test_a_counted_table_comes_back_unless_the_code_differs(folders, configs, manifest, tmp_path, monkeypatch):
+    """As after a master that was killed: Snakemake deletes what the job left, and starts it again."""
+    out = tmp_path / configs[2].run_id
+    shutil.copytree(folders[2], out)
+    before = {
+        name: (out / name).read_bytes() for name in ("status.json", "summary.csv", "checkpoints/model.safetensors")
+    }
+    for name in ARTIFACTS:
+        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
+    monkeypatch.setattr(count_ngrams, "timed_count", None)
+    make(configs[2], out, manifest, threads=1)
+    assert {name: (out / name).read_bytes() for name in before} == before
+    monkeypatch.setattr(count_ngrams, "source_hash", lambda entry: "another")
+    with pytest.raises(TypeError):
+        make(configs[2], out, manifest, threads=1)
 
 
 @pytest.mark.parametrize(("key", "value"), [("order", 4), ("discount", 1.0), ("entries", 0)])

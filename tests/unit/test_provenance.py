@@ -1,8 +1,10 @@
-"""The code hash follows what a script runs, and nothing else; `kdclimb retry` forgets results."""
+"""The code hash follows what a script runs, and nothing else; devices; `kdclimb retry` forgets results."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from kdclimb import provenance
 from kdclimb.__main__ import main
@@ -94,3 +96,15 @@ def test_retry_forgets_by_status_or_id_and_says_when_there_is_none(tmp_path, cap
     assert [p.name for p in (tmp_path / "c1").iterdir()] == ["without.csv"]  # Snakemake must miss the tables too
     assert main([*arguments, "--status", "oom"]) == 1 and "no run with status oom" in capsys.readouterr().err
     assert main([*arguments, "--run", "b"]) == 0 and not list((tmp_path / "runs").iterdir())
+
+
+def test_gpus_of_one_node_are_told_apart(monkeypatch):
+    """Jobs beside each other on a node's GPUs share no device, though the GPUs have one name."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(uuid=f"GPU-{number}"))
+    found = set()
+    for number in range(2):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda number=number: number)
+        found.add(provenance.device_identity("cuda"))
+    assert found == {"NVIDIA H100 GPU-0", "NVIDIA H100 GPU-1"}
+    assert provenance.device_identity("cpu") == provenance.device_kind("cpu")

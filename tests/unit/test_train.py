@@ -23,6 +23,7 @@ from kdclimb import model as model_module
 from kdclimb import optim as optim_module
 from kdclimb import run as run_module
 from kdclimb import train as train_module
+from kdclimb.analysis import tables
 from kdclimb.artifacts import ARTIFACTS, STEP_COLUMNS, SUMMARY_COLUMNS, VAL_COLUMNS, RunFolder
 from kdclimb.attention import Documents
 from kdclimb.config import ConfigError
@@ -319,9 +320,13 @@ def test_an_unexpected_failure_is_tried_again_and_then_a_result(tiny_runs, train
     monkeypatch.setattr(Trainer, "train_step", broken)
     code, out = train(pick(tiny_runs, "ce"), tmp_path, last_attempt=False)
     assert code == 1 and not (out / "status.json").exists()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert train(pick(tiny_runs, "ce"), tmp_path)[0] == 0
     status = json.loads((out / "status.json").read_text())
     assert status["status"] == "failed" and "theseus" in status["reason"] and status["attempts"] == 2
+    row = tables.RunFolder.read(f"ce|CE 50|{out}").row()  # as tables/runs.csv has it
+    assert (row["status"], row["reason"], row["slurm_job"]) == ("failed", "RuntimeError: the disk of theseus", "7")
+    assert row["log_tail"].splitlines()[-2:] == [row["reason"], f"failed: {row['reason']}"]
     assert "Traceback" in (out / "train.log").read_text()
     assert rows(out / "steps.csv") == []
 

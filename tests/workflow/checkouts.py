@@ -15,10 +15,19 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PARTS = "Snakefile config data envs kdclimb requirements.txt requirements-dev.txt rules run slurm tests".split()
 PARTS += ["workflow"]
 TINY = ["--configfile", "tests/tiny.yaml"]
+CANDIDATES = yaml.safe_load((ROOT / "tests/tiny.yaml").read_text())["teacher"]["candidates"]
+SMALL = {  # what the tiny campaign can lose without a stage being lost
+    "train": {"seeds": [0]},
+    "teacher": {"candidates": CANDIDATES[:1]},
+    "controls": {"label_smoothing": 0.0, "extra_steps": False},
+}
+CORES = sorted(os.sched_getaffinity(0))  # read before conftest.py gives each worker its own
 
 
 class Checkout:
     """A copy of the project in `path`. `results`: another checkout whose finished work to take over."""
+
+    command = ("./run",)  # what starts a campaign here, before its arguments
 
     def __init__(self, path: Path, results: "Checkout | None" = None):
         self.path = path
@@ -30,15 +39,27 @@ class Checkout:
             pytest.fail("these tests use the project's .venv: start them with ./test")
         (path / ".venv").symlink_to(ROOT / ".venv")
         if results is not None:
-            for name in ("results", ".snakemake"):
-                subprocess.run(["cp", "-a", results.path / name, path / name], check=True)
+            self.take(results)
+
+    @classmethod
+    def of(cls, path: Path) -> "Checkout":
+        """The checkout that another process made in `path`."""
+        checkout = cls.__new__(cls)
+        checkout.path = path
+        return checkout
+
+    def take(self, results: "Checkout") -> None:
+        for name in ("results", ".snakemake"):
+            subprocess.run(["cp", "-a", results.path / name, self.path / name], check=True)
+
+    def environment(self) -> dict[str, str]:
+        return {k: v for k, v in os.environ.items() if not k.startswith(("KDCLIMB", "SNAKEMAKE"))}
 
     def start(self, *arguments) -> subprocess.Popen:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("KDCLIMB", "SNAKEMAKE"))}
         return subprocess.Popen(
-            ["./run", *arguments],
+            [*self.command, *arguments],
             cwd=self.path,
-            env=environment,
+            env=self.environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -46,19 +67,19 @@ class Checkout:
         )
 
     def run(self, *arguments, code: int | None = 0, timeout: float = 400) -> str:
-        """./run with these arguments to its end; its output. `code`: the exit code it must have (None: not 0)."""
+        """The command with these arguments to its end; its output. `code`: the exit code it must have (None: not 0)."""
         process = self.start(*arguments)
         try:
             output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
-            pytest.fail(f"./run {arguments} took more than {timeout} s:\n{output}")
+            pytest.fail(f"{self.command} {arguments} took more than {timeout} s:\n{output}")
         assert process.returncode == code or (code is None and process.returncode != 0), output
         return output
 
     def run_and_kill(self, seconds: float, *arguments) -> bool:
-        """SIGKILL ./run (not its children) after `seconds`; False if it had ended before."""
+        """SIGKILL the command (not its children) after `seconds`; False if it had ended before."""
         process = self.start(*arguments)
         try:
             process.wait(timeout=seconds)

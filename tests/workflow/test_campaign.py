@@ -10,7 +10,7 @@ import pytest
 import seed_checkpoints
 import torch
 import yaml
-from checkouts import ROOT, TINY, jobs, overlay
+from checkouts import ROOT, SMALL, TINY, jobs, overlay
 
 pytestmark = pytest.mark.slow
 
@@ -214,13 +214,14 @@ def test_one_target_alone(checkout):
 # ---- how it ends when things go wrong
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_tables(finished, checkout):
+def test_killed_at_any_moment_it_ends_with_the_same_tables(small, checkout):
     """SIGKILL to ./run alone, again and again, at moments spread over the whole campaign."""
+    arguments = overlay(checkout, "small", **SMALL)
     for seconds in (3, 6, 9, 13, 17, 22):
-        if not checkout.run_and_kill(seconds, *TINY):
+        if not checkout.run_and_kill(seconds, *arguments):
             break
-    checkout.run(*TINY)
-    whole, cut = finished.tables(), checkout.tables()
+    checkout.run(*arguments)
+    whole, cut = small.tables(), checkout.tables()
     assert whole.keys() == cut.keys()
     assert [name for name in whole if whole[name] != cut[name]] == []
 

@@ -331,11 +331,11 @@ def test_second_start_calls_no_pip(bare):
 def test_tests_add_to_what_runs_need(project):
     assert project.run(script="test")[0] == 0
     assert [call.split()[-1] for call in project.calls("pip")] == ["requirements-dev.txt"]
-    assert project.calls("pytest") == ["pytest -m not gpu and not slurm"]
+    assert project.calls("pytest") == ["pytest -m not gpu -n 2"]
     code, lines = project.run("-m", "gpu", "-x", script="test")
     assert code == 0
     assert lines[0] == f"kdclimb: tests on cpu ({cores()})"
-    assert project.calls("pytest")[-1] == "pytest -m not gpu and not slurm -m gpu -x"
+    assert project.calls("pytest")[-1] == "pytest -m not gpu -m gpu -x"  # alone on the GPU
     assert len(project.calls("pip")) == 1
 
 
