@@ -20,17 +20,18 @@ from kdclimb.analysis.tables import RunFolder, show_ms
 from kdclimb.campaign import data_id, read_decisions
 from kdclimb.config import RunConfig
 from kdclimb.expansion import Run
-from kdclimb.plan import Planned, what_runs
+from kdclimb.plan import CONTROL_NAMES, Planned, what_runs
 from kdclimb.sections import Campaign
 
 STAGES = {  # arms that are one stage to who waits for them
     "CE baseline": ("ce",),
+    "CE screen": ("ce_screen",),
     "teacher probes": ("probe",),
     "teachers": ("teacher",),
     "timing isolates": ("isolate",),
     "KD screen": ("screen",),
     "KD at all horizons": ("kd", "ngram"),
-    "controls": ("control_boost", "control_random", "control_smooth", "control_extra"),
+    "controls": tuple(CONTROL_NAMES),
 }
 VALIDATION = re.compile(r"^step (\d+)/(\d+) val_loss ([\d.]+)", re.MULTILINE)
 ATTEMPT = re.compile(r"^attempt \d+", re.MULTILINE)
