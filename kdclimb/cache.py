@@ -6,7 +6,6 @@ Micro-batches follow from the data, the seed and the packing alone, so runs that
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdclimb.artifacts import read_sealed
 from kdclimb.config import CacheConfig, RunConfig, build
 from kdclimb.kernels import DenseTeacher, SparseTeacher
 from kdclimb.model import GPT
@@ -44,7 +44,7 @@ class TargetCache:
         if not (folder / DESCRIPTION).is_file():
             raise ValueError(f"{folder}: no whole cache there; delete the folder and make it again")
         self.folder, self.teacher = folder, teacher
-        self.description = json.loads((folder / DESCRIPTION).read_text())
+        self.description = read_sealed(folder / DESCRIPTION, "delete the folder, and ./run makes it again")
         self.config = config = build(CacheConfig, self.description["config"])
         asked = {
             "id": (config.cache_id, run.kd.cache),

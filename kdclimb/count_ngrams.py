@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdclimb.artifacts import DeviceLease, RunFolder, write_json, write_tables, write_text
+from kdclimb.artifacts import DeviceLease, RunFolder, publish, write_json, write_tables, write_text
 from kdclimb.config import ConfigError, NgramConfig, canonical_json
 from kdclimb.data import Dataset
 from kdclimb.ngram import NgramTable
@@ -214,4 +214,4 @@ def _write(out: Path, config: NgramConfig, summary: dict, started: datetime, thr
         "code_hash": source_hash(ENTRY),  # not in the summary too: it is not the trainer's
         "versions": versions(),
     }
-    write_json(out / "status.json", status)
+    publish(out, status)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from kdclimb.artifacts import DeviceLease, RunFolder, write_json, write_tables
+from kdclimb.artifacts import Damaged, DeviceLease, RunFolder, needs_room, write_json, write_tables
 from kdclimb.attention import choose_backend
 from kdclimb.config import ConfigError, RunConfig, short_hash
 from kdclimb.data import Dataset
@@ -88,7 +88,11 @@ def run(
 
 def _refuse_other_config(out: Path, config: RunConfig) -> None:
     path = out / "config.json"
-    if path.is_file() and json.loads(path.read_text()) != json.loads(config.canonical()):
+    try:
+        found = json.loads(path.read_bytes()) if path.is_file() else None
+    except ValueError as error:
+        raise ConfigError(f"{path}: damaged: not JSON ({error}); delete {out}, and ./run makes it again") from error
+    if found is not None and found != json.loads(config.canonical()):
         raise ConfigError(f"{path}: holds another config than the one asked for; move {out} away")
     write_json(path, config.to_dict())
 
@@ -163,9 +167,12 @@ class _Attempt:
         try:
             if self.config.clock == "measured":
                 trainer.warm_up()
-            if trainer.load_state(self.folder.resume_file, self.key):
-                progress.report(f"resumed at step {trainer.step}")
-                progress.update(trainer.step)
+            try:
+                if trainer.load_state(self.folder.resume_file, self.key):
+                    progress.report(f"resumed at step {trainer.step}")
+                    progress.update(trainer.step)
+            except Damaged as error:
+                progress.report(str(error))
             if self.config.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             trainer.train(lambda: trainer.save_state(self.folder.resume_file, self.key), stop.asked, progress)
@@ -173,6 +180,9 @@ class _Attempt:
             return "interrupted", f"at step {trainer.step}; start it again to go on"
         except Diverged as error:
             return "diverged", str(error)
+        except (OSError, Damaged) as error:  # of the disk, or of a file that is read on the way: no result of this run
+            with needs_room(self.folder.path):
+                raise error
         except Exception as error:
             if _is_oom(error):
                 return "oom", _oom_reason(error)

@@ -8,12 +8,31 @@ import sys
 import pytest
 from checkouts import TINY, Checkout
 
-FOLDERS = ("unit", "workflow")  # then all others
+FOLDERS = ("unit", "faults", "workflow")  # then all others
 
 
 # Triton reads this once, when it is imported: by another conftest.py or by tests/gpu, and so before any hook is called.
 if "gpu" not in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("faults", "the long form of tests/faults")
+    group.addoption("--faults", action="store_true", help="tests/faults alone, in its long form")
+    group.addoption("--campaigns", type=int, default=20, help="campaigns that are killed and compared (default: 20)")
+    group.addoption("--first", type=int, default=0, help="seed of the first of them, to go on from (default: 0)")
+    group.addoption("--fuzz-seconds", type=float, help="CPU seconds of each fuzzing (default: 600 with --faults)")
+
+
+def pytest_configure(config):
+    config.fuzzed = []  # (test, examples, CPU seconds)
+    if config.option.fuzz_seconds is None:
+        config.option.fuzz_seconds = 600.0 if config.option.faults else 0.0
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for name, examples, seconds in config.fuzzed:
+        terminalreporter.write_line(f"fuzzed: {name}: {examples} examples in {seconds} CPU seconds")
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +43,10 @@ def finished(tmp_path_factory):
     return checkout
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    faults = config.getoption("--faults")
+    items[:] = [item for item in items if (_folder(item) == "faults" or not faults)]
+    items[:] = [item for item in items if faults or not item.get_closest_marker("faults")]
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu:
         import torch
@@ -37,7 +59,11 @@ def pytest_collection_modifyitems(items):
     items.sort(key=_place)  # stable: within a folder the order stays
 
 
-def _place(item):
+def _folder(item):
     parts = item.path.relative_to(item.config.rootpath).parts
-    folder = parts[1] if len(parts) > 2 else ""
+    return parts[1] if len(parts) > 2 else ""
+
+
+def _place(item):
+    folder = _folder(item)
     return bool(item.get_closest_marker("slow")), FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)

@@ -21,6 +21,7 @@ from kdclimb.analysis.tables import (
     read_csv,
     read_json,
     write_csv,
+    write_json,
 )
 from kdclimb.analysis.targets import (
     REACHED_COLUMNS,
@@ -36,7 +37,6 @@ from kdclimb.analysis.targets import (
 )
 from kdclimb.analysis.tested import VERDICT_COLUMNS, verdict_rows
 from kdclimb.analysis.verdict import SAVINGS, doubts_of, no_teacher, pair_up, tuning, verdict
-from kdclimb.artifacts import write_json
 from kdclimb.imported import LOGGED
 
 CURVE_COLUMNS = tuple(
