@@ -44,6 +44,9 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 class DiskFull(OSError):
     """No room to write a file. That says nothing about a run, so it is never a run's result."""
 
+    def __str__(self) -> str:
+        return self.strerror
+
 
 class Damaged(ValueError):
     """A file that is not as it was written. The message names it and what to do."""
@@ -59,7 +62,7 @@ def needs_room(path: Path) -> Iterator[None]:
         if isinstance(error, DiskFull) or not full:
             raise
         said = f"{path}: no room on its disk; what was there before is untouched: free space and start again"
-        raise DiskFull(said) from error
+        raise DiskFull(errno.ENOSPC, said) from error
 
 
 def write_via(path: Path, write: Callable[[Path], object]) -> None:

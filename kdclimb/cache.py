@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdclimb.artifacts import read_sealed
+from kdclimb.artifacts import Damaged, read_sealed
 from kdclimb.config import CacheConfig, RunConfig, build
 from kdclimb.kernels import DenseTeacher, SparseTeacher
 from kdclimb.model import GPT
@@ -92,7 +92,7 @@ class TargetCache:
         for name, file in self.files.items():
             array = np.array(file[place])
             if zlib.crc32(array) != self.description["checksums"][name][place]:
-                raise ValueError(f"{self.folder}/{name}.bin: micro-batch {place} is damaged; make the cache again")
+                raise Damaged(f"{self.folder}/{name}.bin: micro-batch {place} is damaged; make the cache again")
             if name == "log_probs":
                 array = array.astype(np.float32) / -STEPS_A_NAT
             tensor = torch.from_numpy(array.astype(np.int32) if name == "ids" else array)

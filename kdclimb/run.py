@@ -146,7 +146,7 @@ class _Attempt:
         """Train with train.log open; the status and its reason."""
         log_path = self.folder.path / "train.log"
         new = not log_path.is_file() or log_path.stat().st_size == 0
-        with log_path.open("a") as log:
+        with needs_room(log_path), log_path.open("a") as log:
             progress = Progress(self.config.run_id, log, self.config.schedule.stop_step)
             if new:
                 print(self._command(), file=log)
