@@ -43,7 +43,7 @@ def effort(request):
             seed(rounds)(settings(max_examples=count, **QUIET)(given(strategy)(counted)))()
             rounds += 1
         spent = time.process_time() - begun
-        request.config.fuzzed.append((request.node.name, tried, round(spent, 1)))
+        request.config.measured.append(f"{request.node.name}: {tried:,} examples in {spent:.0f} CPU seconds")
         return tried
 
     return call

@@ -122,4 +122,4 @@ def test_campaigns_killed_at_random_moments_end_with_the_same_tables(pytestconfi
         assert [name for name in tables if tables[name] != unbroken[name]] == [], number
         for who in totals:
             totals[who] += kills[who]
-        pytestconfig.fuzzed.append((f"campaign {number}: {kills}, same tables", sum(kills.values()), 0.0))
+        pytestconfig.measured.append(f"campaign {number}: killed {kills}, same tables")
