@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from training import train
 
+from kdclimb.__main__ import main
 from kdclimb.analysis.tables import AnalysisError, RunFolder, read_csv, read_json, write_csv, write_json
 from kdclimb.artifacts import Damaged, seal
 from kdclimb.artifacts import RunFolder as Folder
@@ -149,6 +150,15 @@ def test_a_run_of_another_folder_is_refused(copied, made):
     run.rename(run.with_name("ce-another"))
     with pytest.raises(AnalysisError, match="this is the config of run"):
         RunFolder.read(f"ce|ce|{run.with_name('ce-another')}")
+
+
+def test_a_damaged_run_can_still_be_forgotten(copied, made, capsys):
+    run = copied / "runs" / made[2].run_id
+    (run / "status.json").write_bytes(b"{")
+    assert main(["retry", "--status", "ok", "--results", str(copied)]) == 1
+    assert f"{run}/status.json: damaged" in capsys.readouterr().err and run.is_dir()
+    assert main(["retry", "--run", run.name, "--results", str(copied)]) == 0
+    assert not run.exists()
 
 
 def test_a_seal_covers_every_bit(tmp_path):
