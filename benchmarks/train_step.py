@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import Rows
 from kdclimb import campaign, expansion, schedule, sections
-from kdclimb.artifacts import write_json
+from kdclimb.artifacts import seal, sha256, write_json
 from kdclimb.attention import choose_backend
 from kdclimb.config import ATTENTION_BACKENDS, AttentionConfig, RunConfig, ScheduleConfig
 from kdclimb.data import Dataset
@@ -45,9 +45,9 @@ def synthetic(folder: Path, tokens: int, bos: int) -> Dataset:
     stream[0] = bos
     stream[np.cumsum(rng.exponential(MEAN_DOCUMENT, tokens // MEAN_DOCUMENT).astype(int) + 1) % tokens] = bos
     write_shard(folder / "synthetic.bin", stream)
-    shard = {"file": "synthetic.bin", "tokens": tokens}
+    shard = {"file": "synthetic.bin", "tokens": tokens, "sha256": sha256(folder / "synthetic.bin")}
     facts = {"data_hash": "synthetic", "bos_id": bos, "tokenizer_sha256": None, "train": [shard], "val": [shard]}
-    write_json(folder / "manifest.json", facts)
+    write_json(folder / "manifest.json", seal(facts))
     return Dataset(folder / "manifest.json")
 
 

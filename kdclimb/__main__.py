@@ -17,14 +17,14 @@ python -m kdclimb import-teacher state_best.pt --layers 3 --heads 6 --windows-pa
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import shutil
 import sys
 from pathlib import Path
 
 from kdclimb import bundle, explain, logs, plan
-from kdclimb.artifacts import write_text
+from kdclimb.analysis.tables import remedy
+from kdclimb.artifacts import read_sealed, write_text
 from kdclimb.campaign import LOCKED_BUDGET_FRACTION, load, schema_path
 from kdclimb.imported import PREFIX
 
@@ -244,7 +244,7 @@ def forget(args: argparse.Namespace) -> str:
     names = [folder.name for folder in folders]
     for campaign in results.iterdir():
         tables = list(campaign.rglob("*.csv")) if campaign.name not in ("runs", "data", "caches") else []
-        naming = [table for table in tables if any(name in table.read_text() for name in names)]
+        naming = [table for table in tables if any(name in table.read_text(errors="replace") for name in names)]
         for file in (*naming, *([campaign / "report/index.html"] if naming else [])):
             file.unlink(missing_ok=True)
     for folder in folders:
@@ -255,7 +255,11 @@ def forget(args: argparse.Namespace) -> str:
 def _matches(file: Path, status: str | None, run_id: str | None) -> bool:
     if run_id:
         return file.parent.name == run_id
-    return not file.parent.name.startswith(PREFIX) and json.loads(file.read_text())["status"] == status
+    return not file.parent.name.startswith(PREFIX) and _ended(file) == status
+
+
+def _ended(file: Path) -> str:
+    return read_sealed(file, remedy(file.parent), or_plain=True)["status"]
 
 
 if __name__ == "__main__":

@@ -9,15 +9,19 @@ from which they come back if a master was killed between the run's end and its o
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 MADE_AT_THE_END = ("config.json", "steps.csv", "val.csv", "summary.csv", "val_loss.png", "step_time.png", "status.json")
 FILES = (*MADE_AT_THE_END, "train.log")
@@ -36,17 +40,122 @@ SUMMARY_COLUMNS = (
 ).split()
 
 
-def write_via(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary)`, flush it to the disk, and rename it to `path`: whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+class DiskFull(OSError):
+    """No room to write a file. That says nothing about a run, so it is never a run's result."""
+
+    def __str__(self) -> str:
+        return self.strerror
+
+
+class Damaged(ValueError):
+    """A file that is not as it was written. The message names it and what to do."""
+
+
+@contextmanager
+def needs_room(path: Path) -> Iterator[None]:
+    """Turn the error of a full disk (safetensors has one of its own) into DiskFull, which names `path`."""
     try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield
+    except (OSError, SafetensorError) as error:
+        full = error.errno in NO_ROOM if isinstance(error, OSError) else f"(os error {errno.ENOSPC})" in str(error)
+        if isinstance(error, DiskFull) or not full:
+            raise
+        said = f"{path}: no room on its disk; what was there before is untouched: free space and start again"
+        raise DiskFull(errno.ENOSPC, said) from error
+
+
+def write_via(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary)`, flush it to the disk, and rename it to `path`: whole or not there, after power loss too.
+
+    Raises DiskFull where there is no room for it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with needs_room(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # from file systems that know no fsync of a folder
+            raise
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- JSON that knows whether it is whole ----------------------------------------------------------
+
+
+def seal(value: dict) -> dict:
+    """`value` as JSON holds it, with the sha256 of all else in it under `sha256`."""
+    value = json.loads(json.dumps(value, allow_nan=False))
+    return value | {"sha256": _seal(value)}
+
+
+def _seal(value: dict) -> str:
+    text = json.dumps({key: value[key] for key in value if key != "sha256"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_sealed(path: Path, remedy: str, *, or_plain: bool = False) -> dict:
+    """The JSON object in `path`, without its seal.
+
+    Raises Damaged, which says `remedy`, unless it is whole and as it was sealed. `or_plain` takes one too that has
+    neither seal nor `files`: a status.json of a version that sealed nothing, or of an import.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path}: damaged: not JSON ({error}); {remedy}") from error
+    if isinstance(value, dict) and or_plain and not {"sha256", "files"} & value.keys():
+        return value
+    if not isinstance(value, dict) or value.get("sha256") != _seal(value):
+        raise Damaged(f"{path}: damaged: not as it was written; {remedy}")
+    return {key: value[key] for key in value if key != "sha256"}
+
+
+# ---- tables, with their sha256 in a hidden file beside them ---------------------------------------
+
+
+def write_noted(path: Path, write: Callable[[Path], object]) -> None:
+    """`write(path)`, and note its sha256. A table without a note, such as one from a bundle, is read unverified."""
+    note = _note(path)
+    note.unlink(missing_ok=True)
+    write(path)
+    write_text(note, f"{sha256(path)}\n")
+
+
+def read_noted(path: Path) -> str:
+    """The text of a table. Raises Damaged unless it is as it was noted, OSError and UnicodeDecodeError."""
+    content, note = Path(path).read_bytes(), _note(Path(path))
+    if note.is_file() and note.read_bytes() != f"{hashlib.sha256(content).hexdigest()}\n".encode():
+        raise Damaged(f"{path}: damaged: not as it was written; delete it, and ./run makes it again")
+    return content.decode()
+
+
+def _note(path: Path) -> Path:
+    return path.with_name(f".{path.name}.sha256")
+
+
+# ---- formats --------------------------------------------------------------------------------------
 
 
 def write_text(path: Path, text: str) -> None:
@@ -104,12 +213,13 @@ class RunFolder:
 
     def count_attempt(self) -> int:
         file = self.state / "attempts"
-        attempts = 1 + (int(file.read_text()) if file.is_file() else 0)
+        found = file.read_text(errors="replace") if file.is_file() else ""
+        attempts = 1 + (int(found) if found.isdecimal() else 0)  # damaged, it costs the count and nothing else
         write_text(file, str(attempts))
         return attempts
 
     def finish(self, status: dict, key: dict) -> None:
-        """Publish status.json, all other artifacts being there: the run is then finished.
+        """Publish status.json, with the sha256 of all other artifacts, which are there: the run is then finished.
 
         Before it appears, it and hard links to the others lie under .state/complete with the key of what they were
         made from, so that there is no moment at which a finished run could still be lost.
@@ -117,28 +227,62 @@ class RunFolder:
         kept = self.state / "complete"
         shutil.rmtree(kept, ignore_errors=True)
         kept.mkdir()
-        write_json(kept / "status.json", status)
+        write_json(kept / "status.json", seal(status | {"files": hashes(self.path)}))
         for name in ARTIFACTS[:-1]:
             _link(self.path / name, kept / name)
-        write_json(kept / "key.json", key)
+        write_json(kept / "key.json", seal({"key": key}))
         (self.path / "status.json").unlink(missing_ok=True)
         _link(kept / "status.json", self.path / "status.json")
+        sync(self.path)
         self.resume_file.unlink(missing_ok=True)
 
     def restore_complete(self, key: dict, *, any_code: bool) -> bool:
-        """Bring back the artifacts of a finished run with the same key; False if there is none."""
+        """Bring back the artifacts of a finished run with the same key; False if there is none.
+
+        What was damaged since is said on stderr, and counts as none.
+        """
         kept = self.state / "complete"
         if not (kept / "key.json").is_file():
             return False
-        found = json.loads((kept / "key.json").read_text())
-        ignored = {"code"} if any_code else set()
-        if {k: v for k, v in found.items() if k not in ignored} != {k: v for k, v in key.items() if k not in ignored}:
+        try:
+            found = read_sealed(kept / "key.json", "the run is made again")["key"]
+            if _but_code(found, any_code) != _but_code(key, any_code):
+                return False
+            files = read_sealed(kept / "status.json", "the run is made again")["files"]
+            for name, digest in files.items():
+                verify(kept / name, digest, "the run is made again")
+        except (Damaged, OSError) as error:
+            print(f"{self.path.name}: {error}", file=sys.stderr)
             return False
         for name in ARTIFACTS:
             target = self.path / name
             shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
             _link(kept / name, target)
+        sync(self.path)
         return True
+
+
+def publish(folder: Path, status: dict) -> None:
+    """Write status.json, which makes the other artifacts in `folder` a finished run, with their sha256."""
+    write_json(folder / "status.json", seal(status | {"files": hashes(folder)}))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """{path from a run's folder: sha256} of all its artifacts but status.json, which holds this."""
+    found = [folder / name for name in ARTIFACTS[1:-1]] + sorted((folder / "checkpoints").iterdir())
+    return {file.relative_to(folder).as_posix(): sha256(file) for file in found}
+
+
+def verify(path: Path, digest: str, remedy: str) -> None:
+    """Raise Damaged, which says `remedy`, unless the file is there and has this sha256."""
+    if not path.is_file():
+        raise Damaged(f"{path}: missing; {remedy}")
+    if sha256(path) != digest:
+        raise Damaged(f"{path}: damaged: not as it was written; {remedy}")
+
+
+def _but_code(key: dict, any_code: bool) -> dict:
+    return {name: value for name, value in key.items() if not (any_code and name == "code")}
 
 
 def _link(source: Path, target: Path) -> None:
@@ -146,6 +290,7 @@ def _link(source: Path, target: Path) -> None:
         target.mkdir()
         for child in source.iterdir():
             os.link(child, target / child.name)
+        sync(target)
     else:
         os.link(source, target)
 
@@ -153,24 +298,27 @@ def _link(source: Path, target: Path) -> None:
 class DeviceLease:
     """Whether another kdclimb run used this machine's device at the same time.
 
-    Each run holds a lock file of the device; one that finds it held marks it contended, so that both
-    sides know. Programs other than kdclimb are not seen. `device`: its kdclimb.provenance.device_identity.
+    Each run holds a lock file of the device; one that finds it held makes a second file longer, so that both
+    sides know, whatever the clock does. Programs other than kdclimb are not seen. `device`: its
+    kdclimb.provenance.device_identity.
     """
 
     def __init__(self, device: str):
         name = "".join(c if c.isalnum() else "-" for c in device)
         self.path = Path(tempfile.gettempdir()) / f"kdclimb-{os.getuid()}-{name}.lock"
         self.contended = self.path.with_suffix(".contended")
-        self.start = time.time_ns()
+        self.before = self._contentions()
         self.file = self.path.open("w")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.refused = False
         except BlockingIOError:
             self.refused = True
-            self.contended.touch()
-            now = time.time_ns()  # a file system's own clock lags a few ms, and so could set a time before the start
-            os.utime(self.contended, ns=(now, now))
+            with self.contended.open("ab") as file:
+                file.write(b"x")
+
+    def _contentions(self) -> int:
+        return self.contended.stat().st_size if self.contended.is_file() else 0
 
     def __enter__(self) -> DeviceLease:
         return self
@@ -179,7 +327,7 @@ class DeviceLease:
         self.file.close()
 
     def shared(self) -> bool:
-        return self.refused or (self.contended.exists() and self.contended.stat().st_mtime_ns >= self.start)
+        return self.refused or self._contentions() != self.before
 
 
 def plot_run(folder: Path, run_id: str, steps: list[dict], vals: list[dict]) -> None:

@@ -34,7 +34,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from kdclimb.analysis import selection
-from kdclimb.artifacts import MADE_AT_THE_END, write_text, write_via
+from kdclimb.artifacts import MADE_AT_THE_END, sha256, write_text, write_via
 from kdclimb.campaign import data_id, read_decisions
 from kdclimb.config import NGRAM_PREFIX, ConfigError, build
 from kdclimb.expansion import expand, tables
@@ -128,12 +128,7 @@ def _runs(campaign: Campaign, root: Path, results: Path) -> tuple[int, list[str]
 
 def _entry(file: Path, results: Path) -> Entry:
     found = file.stat()
-    return Entry(file.relative_to(results).as_posix(), found.st_size, _sha256(file), found.st_mtime_ns)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return Entry(file.relative_to(results).as_posix(), found.st_size, sha256(file), found.st_mtime_ns)
 
 
 def _pack(path: Path, kind: str, index: Index, results: Path) -> None:
@@ -330,7 +325,7 @@ def _is_here(entry: Entry, results: Path, manifest: dict) -> bool:
     target = results / entry.path
     if not os.path.lexists(target):
         return False
-    if target.is_file() and target.stat().st_size == entry.size and _sha256(target) == entry.sha256:
+    if target.is_file() and target.stat().st_size == entry.size and sha256(target) == entry.sha256:
         return True
     if entry.path.startswith("data/"):  # where the shards lie may differ
         try:

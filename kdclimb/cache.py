@@ -6,7 +6,6 @@ Micro-batches follow from the data, the seed and the packing alone, so runs that
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdclimb.artifacts import Damaged, read_sealed
 from kdclimb.config import CacheConfig, RunConfig, build
 from kdclimb.kernels import DenseTeacher, SparseTeacher, fp8
 from kdclimb.model import GPT
@@ -45,7 +45,7 @@ class TargetCache:
         if not (folder / DESCRIPTION).is_file():
             raise ValueError(f"{folder}: no whole cache there; delete the folder and make it again")
         self.folder, self.teacher = folder, teacher
-        self.description = json.loads((folder / DESCRIPTION).read_text())
+        self.description = read_sealed(folder / DESCRIPTION, "delete the folder, and ./run makes it again")
         self.config = config = build(CacheConfig, self.description["config"])
         asked = {
             "id": (config.cache_id, run.kd.cache),
@@ -103,7 +103,7 @@ class TargetCache:
         for name, file in self.files.items():
             array = np.array(file[place])
             if zlib.crc32(array) != self.description["checksums"][name][place]:
-                raise ValueError(f"{self.folder}/{name}.bin: micro-batch {place} is damaged; make the cache again")
+                raise Damaged(f"{self.folder}/{name}.bin: micro-batch {place} is damaged; make the cache again")
             if name == "log_probs":
                 array = array.astype(np.float32) / -STEPS_A_NAT
             tensor = torch.from_numpy(array.astype(np.int32) if name == "ids" else array)

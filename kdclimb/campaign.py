@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,6 +18,7 @@ import jsonschema
 import yaml
 
 from kdclimb import sources, supply
+from kdclimb.artifacts import Damaged, read_noted
 from kdclimb.config import (
     ADAM_KINDS,
     ConfigError,
@@ -309,11 +311,26 @@ def check_tokens(campaign: Campaign, root: Path, results: Path) -> None:
 
 
 def read_decisions(folder: Path) -> dict:
-    """The decisions taken so far: {name: contents} of the JSON files under results/<campaign>/ that exist."""
+    """The decisions taken so far: {name: contents} of the JSON files under results/<campaign>/ that exist.
+
+    Raises Damaged for one that is not as it was written.
+    """
     files = {"projected": "teacher/projected.json", "selected": "teacher/selected.json", "promoted": "kd/promoted.json"}
-    return {
-        name: json.loads((folder / files[name]).read_text()) for name in DECISIONS if (folder / files[name]).is_file()
-    }
+    return {name: _decision(folder / files[name]) for name in DECISIONS if (folder / files[name]).is_file()}
+
+
+def _decision(path: Path) -> dict:
+    """A decision as it was written. Run ids in it become folders and words of commands, so they may be nothing else."""
+    try:
+        found = json.loads(read_noted(path))
+        run_id = found.get("run_id") or "none"
+    except Damaged:
+        raise
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{path}: damaged: {error}; delete it, and ./run makes it again") from error
+    if not isinstance(run_id, str) or not re.fullmatch(r"[A-Za-z0-9.-]+", run_id):
+        raise Damaged(f"{path}: {run_id!r} is no run id; delete it, and ./run makes it again")
+    return found
 
 
 def check_imported(campaign: Campaign, data: str, results: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdclimb.artifacts import Damaged, verify
 from kdclimb.attention import Documents, to_device
-from kdclimb.shards import document_order, read_shard
+from kdclimb.shards import document_order, read_manifest, read_shard
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,29 @@ class Dataset:
     """The prepared shards of one manifest, checked against it."""
 
     def __init__(self, manifest_path: Path):
-        self.manifest = json.loads(manifest_path.read_text())
+        self.manifest = read_manifest(manifest_path)
         self.hash: str = self.manifest["data_hash"]
         self.bos: int = self.manifest["bos_id"]
         self.folder = manifest_path.parent
+        self.verified: set[str] = set()
 
     def shards(self, part: str) -> list[np.ndarray]:
+        """The tokens of each shard, memory-mapped; read whole and held against the manifest the first time.
+
+        Raises ValueError for a shard that is missing, or not the one that was prepared.
+        """
         arrays = []
         for shard in self.manifest[part]:
-            tokens = read_shard(self.folder / shard["file"])
+            path = self.folder / shard["file"]
+            remedy = f"delete {self.folder} and make it again: ./run {self.folder / 'manifest.json'}"
+            if Path(shard["file"]).is_absolute():
+                remedy = "it is not the file that the data were made from: put that back"
+            tokens = read_shard(path)
             if len(tokens) != shard["tokens"]:
-                raise ValueError(f"{shard['file']}: {len(tokens)} tokens, but the manifest has {shard['tokens']}")
+                raise Damaged(f"{path}: {len(tokens)} tokens, but the manifest has {shard['tokens']}; {remedy}")
+            if shard["file"] not in self.verified:
+                verify(path, shard["sha256"], remedy)
+                self.verified.add(shard["file"])
             arrays.append(tokens)
         return arrays
 
@@ -87,6 +99,7 @@ class Packer:
     def __init__(self, shards: list[np.ndarray], bos: int, max_doc_tokens: int, seed: int | None):
         self.shards, self.bos, self.max_doc_tokens, self.seed = shards, bos, max_doc_tokens, seed
         self.epoch = 0
+        self.cursor = (0, 0, 0)  # epoch, shard, and place in its order, of the last document taken
         self._documents = self._walk()
 
     def _walk(self) -> Iterator[np.ndarray]:
@@ -94,7 +107,8 @@ class Packer:
             for number, tokens in enumerate(self.shards):
                 starts = np.flatnonzero(tokens == self.bos)
                 ends = np.append(starts[1:], len(tokens))
-                for i in document_order(len(starts), self.seed, self.epoch, number):
+                for place, i in enumerate(document_order(len(starts), self.seed, self.epoch, number)):
+                    self.cursor = self.epoch, number, place
                     yield tokens[starts[i] : min(ends[i], starts[i] + self.max_doc_tokens)]
             self.epoch += 1
 

@@ -7,7 +7,6 @@ be right. Symbols: L layers, H heads, D head_dim, d = H * D, V vocabulary, B big
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import re
@@ -24,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from kdclimb.artifacts import RunFolder, write_json, write_tables, write_text
+from kdclimb.artifacts import RunFolder, publish, sha256, write_json, write_tables, write_text
 from kdclimb.attention import choose_backend
 from kdclimb.campaign import data_id
 from kdclimb.config import ConfigError, DataRef, ModelConfig, require
@@ -305,7 +304,7 @@ def import_teacher(
     )
     report(f"reading {path}")
     tensors, facts = read(path, shape, results)
-    origin = Origin(path.name, _sha256(path), facts["step"], facts["best_val_loss"])
+    origin = Origin(path.name, sha256(path), facts["step"], facts["best_val_loss"])
     config = dataclasses.replace(config, imported_from=origin)
     folder = RunFolder(results / "runs" / config.run_id)
     with folder.lock():
@@ -314,11 +313,6 @@ def import_teacher(
             return folder.path
         _Import(config, facts, dataset, folder.path, report).write(tensors, shape, command)
     return folder.path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _data_hash(folder: Path) -> str:
@@ -403,7 +397,7 @@ class _Import:
             "versions": versions(),
             "seed_checkpoint": self.facts,
         }
-        write_json(out / "status.json", status)
+        publish(out, status)
 
     def summary(self, model: GPT, val_loss: float) -> dict:
         """Its row; empty where only training here would know. code_hash too: none of our code trained it."""

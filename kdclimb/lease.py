@@ -7,17 +7,17 @@ without a word. No torch: the Snakefile imports this.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from functools import cache
 from pathlib import Path
 
-from kdclimb.artifacts import write_json
+from kdclimb.artifacts import Damaged, read_sealed, seal, write_json
 from kdclimb.config import ConfigError
 
 WAIT_SECONDS = 10  # between two looks at another's job
@@ -96,7 +96,7 @@ class Lease:
         self.killed: list[str] = []  # how the tries since the last progress were ended from outside
 
     def __enter__(self) -> Lease:
-        left = json.loads(self.path.read_text()) if self.path.is_file() else None
+        left = self._left()
         if left is not None and left["progress"] == self.progress:
             self.killed = left["killed"]
         if left is not None and left["held"] and (left["job"] is None or left["job"] != slurm_job()):  # else: requeued
@@ -107,9 +107,17 @@ class Lease:
     def __exit__(self, *_) -> None:
         self._write(held=False)  # what is known of killed tries stays, in case the run didn't finish
 
+    def _left(self) -> dict | None:
+        """What the one before left; None if nothing, or nothing that can be read: then its end is not known."""
+        try:
+            return read_sealed(self.path, "taken for none") if self.path.is_file() else None
+        except Damaged as error:
+            print(error, file=sys.stderr)
+            return None
+
     def _write(self, held: bool) -> None:
         holder = {"job": slurm_job(), "host": socket.gethostname(), "process": os.getpid(), "held": held}
-        write_json(self.path, holder | {"progress": self.progress, "killed": self.killed})
+        write_json(self.path, seal(holder | {"progress": self.progress, "killed": self.killed}))
 
     def _note_end(self, left: dict) -> None:
         if left["job"] is None:

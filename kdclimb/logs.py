@@ -15,7 +15,16 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from kdclimb.artifacts import STEP_COLUMNS, SUMMARY_COLUMNS, VAL_COLUMNS, plot_run, write_csv, write_json
+from kdclimb.artifacts import (
+    STEP_COLUMNS,
+    SUMMARY_COLUMNS,
+    VAL_COLUMNS,
+    plot_run,
+    publish,
+    write_csv,
+    write_json,
+    write_via,
+)
 from kdclimb.imported import LogConfig
 
 STEP_LINE = re.compile(r"^step:(\d+)(?:/(\d+))?\s+(\S.*)$")
@@ -188,14 +197,14 @@ def import_log(path: Path, out: Path) -> tuple[Path, Log]:
     config = log_config(log)
     folder = out / "runs" / config.run_id
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (folder / "train.log").write_bytes(log.path.read_bytes())
+    write_via(folder / "train.log", lambda temporary: temporary.write_bytes(log.path.read_bytes()))
     write_json(folder / "config.json", config.to_dict())
     write_csv(folder / "steps.csv", STEP_COLUMNS, log.steps)
     write_csv(folder / "val.csv", VAL_COLUMNS, log.vals)
     write_csv(folder / "summary.csv", SUMMARY_COLUMNS, [summary(log)])
     plot_run(folder, config.run_id, [row for row in log.steps if row["train_time_ms"] is not None], log.vals)
     reason = "; ".join(log.problems) or None
-    write_json(folder / "status.json", {"status": log.status, "reason": reason, "log": log.path.name, "kd": log.kd})
+    publish(folder, {"status": log.status, "reason": reason, "log": log.path.name, "kd": log.kd})
     return folder, log
 
 

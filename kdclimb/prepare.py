@@ -8,7 +8,6 @@ bucket files by their place in that order, then read back bucket by bucket; noth
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import shutil
 import struct
@@ -21,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from kdclimb.artifacts import write_json, write_via
+from kdclimb.artifacts import Damaged, read_sealed, seal, sha256, write_json, write_via
 from kdclimb.config import short_hash
-from kdclimb.shards import count_tokens, document_lengths, sha256, write_shards
+from kdclimb.shards import count_tokens, document_lengths, write_shards
 from kdclimb.sources import PARTS, fingerprint, shard_files, source_files
 from kdclimb.supply import LENGTHS, write_lengths
 from kdclimb.text import list_files, read_documents
@@ -49,20 +48,21 @@ def prepare(spec: dict, out: Path, root: Path, code: str = "") -> dict:
     manifest = _prepared(out, made_by)
     if manifest is None:
         manifest = _make(spec, out, root)
-        write_json(out / PREPARED, made_by | {"manifest": manifest})
-    write_json(out / "manifest.json", manifest)
+        write_json(out / PREPARED, seal(made_by | {"manifest": manifest}))
+    write_json(out / "manifest.json", seal(manifest))
     return manifest
 
 
 def _prepared(out: Path, made_by: dict) -> dict | None:
     """The manifest of an earlier call, None unless it was made by the same and its files are whole."""
     file = out / PREPARED
-    found = json.loads(file.read_text()) if file.is_file() else {}
-    if {key: found.get(key) for key in made_by} != made_by:
-        return None
     try:
-        whole = all(count_tokens(out / s["file"]) == s["tokens"] for part in PARTS for s in found["manifest"][part])
-    except ValueError:
+        found = read_sealed(file, "made again") if file.is_file() else {}
+        if {key: found.get(key) for key in made_by} != made_by:
+            return None
+        shards = [shard for part in PARTS for shard in found["manifest"][part]]
+        whole = all(sha256(out / s["file"]) == s["sha256"] for s in shards)
+    except (Damaged, OSError):
         return None
     return found["manifest"] if whole and all((out / LENGTHS.format(part)).is_file() for part in PARTS) else None
 

@@ -7,7 +7,7 @@ import re
 from datetime import UTC, datetime
 from pathlib import Path
 
-from kdclimb.artifacts import RunFolder, last_lines, write_json, write_tables, write_text
+from kdclimb.artifacts import RunFolder, last_lines, publish, write_json, write_tables, write_text
 from kdclimb.config import RunConfig
 from kdclimb.lease import Lease, status_of
 from kdclimb.provenance import source_hash
@@ -65,5 +65,5 @@ def write_refused(config: RunConfig, out: Path, said: str) -> bool:
         write_tables(out, config.run_id, [], [], row)
         result = {"status": status, "reason": "; ".join([*held.killed, f"refused by Slurm: {said}"])}
         result |= {"started": now, "ended": now, "attempts": None, "device": None, "code_hash": code}
-        write_json(out / "status.json", result | {"slurm_job": None, "log_tail": tail or said})
+        publish(out, result | {"slurm_job": None, "log_tail": tail or said})
     return True

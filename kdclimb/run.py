@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from kdclimb.anchor import anchor_ms
-from kdclimb.artifacts import DeviceLease, RunFolder, last_lines, write_json, write_tables
+from kdclimb.artifacts import Damaged, DeviceLease, RunFolder, last_lines, needs_room, write_json, write_tables
 from kdclimb.attention import choose_backend
 from kdclimb.config import ConfigError, RunConfig, short_hash
 from kdclimb.data import Dataset
@@ -94,7 +94,11 @@ def run(
 
 def _refuse_other_config(out: Path, config: RunConfig) -> None:
     path = out / "config.json"
-    if path.is_file() and json.loads(path.read_text()) != json.loads(config.canonical()):
+    try:
+        found = json.loads(path.read_bytes()) if path.is_file() else None
+    except ValueError as error:
+        raise ConfigError(f"{path}: damaged: not JSON ({error}); delete {out}, and ./run makes it again") from error
+    if found is not None and found != json.loads(config.canonical()):
         raise ConfigError(f"{path}: holds another config than the one asked for; move {out} away")
     write_json(path, config.to_dict())
 
@@ -162,7 +166,7 @@ class _Attempt:
         """Train with train.log open; the status and its reason."""
         log_path = self.folder.path / "train.log"
         new = not log_path.is_file() or log_path.stat().st_size == 0
-        with log_path.open("a") as log:
+        with needs_room(log_path), log_path.open("a") as log:
             progress = Progress(self.config.run_id, log, self.config.schedule.stop_step)
             if new:
                 print(self._command(), file=log)
@@ -183,9 +187,12 @@ class _Attempt:
         try:
             if self.config.clock == "measured":
                 trainer.warm_up()
-            if trainer.load_state(self.folder.resume_file, self.key):
-                progress.report(f"resumed at step {trainer.step}")
-                progress.update(trainer.step)
+            try:
+                if trainer.load_state(self.folder.resume_file, self.key):
+                    progress.report(f"resumed at step {trainer.step}")
+                    progress.update(trainer.step)
+            except Damaged as error:
+                progress.report(str(error))
             self._measure_anchor()
             if self.config.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -195,6 +202,9 @@ class _Attempt:
             return "interrupted", f"at step {trainer.step}; start it again to go on"
         except Diverged as error:
             return "diverged", str(error)
+        except (OSError, Damaged) as error:  # of the disk, or of a file that is read on the way: no result of this run
+            with needs_room(self.folder.path):
+                raise error
         except Exception as error:
             if _is_oom(error):
                 return "oom", _oom_reason(error)

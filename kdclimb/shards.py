@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from kdclimb.artifacts import write_via
+from kdclimb.artifacts import read_sealed, write_via
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
@@ -33,6 +32,11 @@ def count_tokens(path: Path) -> int:
     if size != expected:
         raise ValueError(f"{path}: {size} bytes, but its header promises {expected}; it is cut or damaged")
     return tokens
+
+
+def read_manifest(path: Path) -> dict:
+    """manifest.json of prepared data. Raises Damaged unless it is as it was written."""
+    return read_sealed(path, f"delete it and make it again: ./run {path}")
 
 
 def read_shard(path: Path) -> np.ndarray:
@@ -102,8 +106,3 @@ def write_shards(folder: Path, part: str, documents: Iterable[np.ndarray], most:
 
 def _header(tokens: int) -> bytes:
     return struct.pack("<3i", MAGIC, VERSION, tokens).ljust(HEADER_BYTES, b"\0")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

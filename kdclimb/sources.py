@@ -18,9 +18,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from kdclimb.artifacts import write_json
+from kdclimb.artifacts import sha256, write_json
 from kdclimb.config import canonical_json
-from kdclimb.shards import count_tokens, document_lengths, sha256
+from kdclimb.shards import count_tokens, document_lengths
 from kdclimb.text import kind, list_files, read_documents
 
 HASHES = "results/data/.sha256.json"

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from kdclimb.artifacts import Damaged
 from kdclimb.config import build
-from kdclimb.shards import document_order
+from kdclimb.shards import document_order, read_manifest
 
 LENGTHS = "{}.lengths"  # of a part: the lengths of its documents, uint32, shard by shard
 
@@ -72,7 +73,7 @@ def at_most(needs: Needs, most: dict[str, int | None]) -> Supply:
 
 def prepared(needs: Needs, folder: Path) -> Supply:
     """What the prepared data in `folder` give, batch by batch as `kdclimb.data.Packer` fills them."""
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = read_manifest(folder / "manifest.json")
     train, val = (list(read_lengths(folder, part, manifest)) for part in ("train", "val"))
     size, longest = needs.batch_tokens, needs.max_doc_tokens
     given = {}
@@ -118,6 +119,8 @@ def read_lengths(folder: Path, part: str, manifest: dict) -> Iterator[np.ndarray
     """(documents,) uint32 of each shard, memory-mapped."""
     lengths, start = np.memmap(folder / LENGTHS.format(part), dtype="<u4", mode="r"), 0
     for shard in manifest[part]:
+        if start + shard["documents"] > len(lengths):
+            raise Damaged(f"{folder / LENGTHS.format(part)}: cut off; delete {folder}, and ./run makes it again")
         yield lengths[start : start + shard["documents"]]
         start += shard["documents"]
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kdclimb.artifacts import write_json, write_via
+from kdclimb.artifacts import read_sealed, seal, sha256, verify, write_json, write_via
 from kdclimb.config import ModelConfig, RunConfig, build, require
 from kdclimb.data import Batch, Dataset
 from kdclimb.evaluate import validate
@@ -54,26 +52,22 @@ def save_table(folder: Path, table: NgramTable, facts: dict) -> None:
 def _save(folder: Path, tensors: dict[str, Tensor], description: dict) -> None:
     tensors = {name: value.detach().contiguous() for name, value in tensors.items()}
     write_via(folder / "model.safetensors", lambda path: save_file(tensors, path))
-    write_json(folder / "model.json", description | {"weights_sha256": weights_sha256(folder)})
-
-
-def weights_sha256(folder: Path) -> str:
-    with (folder / "model.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    weights = {"weights_sha256": sha256(folder / "model.safetensors")}
+    write_json(folder / "model.json", seal(description | weights))
 
 
 def read_description(folder: Path) -> dict:
     """model.json of a checkpoint. Raises ValueError if it or the weights aren't there, or aren't the ones it names."""
     if not (folder / "model.json").is_file():
         raise ValueError(f"{folder}: no checkpoint there; the run that owes it did not end well (see its train.log)")
-    description = json.loads((folder / "model.json").read_text())
+    remedy = f"make it again: python -m kdclimb retry --run {folder.parent.name}, then ./run"
+    description = read_sealed(folder / "model.json", remedy)
     if not (folder / "model.safetensors").is_file():
         raise ValueError(
             f"{folder}: described, but without its weights; import a bundle that was exported with --weights, "
             f"or train it here: python -m kdclimb retry --run {folder.parent.name}"
         )
-    if weights_sha256(folder) != description["weights_sha256"]:
-        raise ValueError(f"{folder}/model.safetensors: not the weights that model.json describes; make them again")
+    verify(folder / "model.safetensors", description["weights_sha256"], remedy)
     return description
 
 

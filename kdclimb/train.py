@@ -6,6 +6,7 @@ checkpoint I/O are outside the clock, data loading and the teacher's forward pas
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import statistics
@@ -15,11 +16,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from kdclimb import schedule
-from kdclimb.artifacts import write_via
+from kdclimb.artifacts import Damaged, write_via
 from kdclimb.attention import to_device
 from kdclimb.cache import TargetCache
 from kdclimb.config import RunConfig
@@ -58,11 +59,33 @@ def _on_host(losses: list[DistillLoss], with_teacher: int, **others: torch.Tenso
 
 
 class Diverged(RuntimeError):
-    """A loss that is no finite number."""
+    """A loss or a gradient that is no finite number."""
 
 
 class Interrupted(BaseException):
     """Asked to stop, or the master is gone."""
+
+
+def state_sha256(text: str, tensors: dict[str, torch.Tensor]) -> str:
+    """Over a resume state's facts and its tensors on the host: safetensors itself has no checksum."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def read_state(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """(facts, tensors on the host) of a resume state. Raises Damaged unless it is as it was written."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if state_sha256(metadata.get("facts", ""), tensors) != metadata.get("sha256"):
+            raise ValueError("not as it was written")
+        return json.loads(metadata["facts"]), tensors
+    except (SafetensorError, ValueError, OSError) as error:
+        raise Damaged(f"{path}: damaged ({error}); the run starts from step 0") from error
 
 
 class Paced:
@@ -166,13 +189,15 @@ class Trainer:
                 self.optimizers.untie()
             if self.kd is not None and (why := self.kd.advance(self.step, self.tokens)):
                 progress.report(f"KD stops at step {self.step}: {why}")
+            cursor = self.stream.cursor
             with self.clock():
                 row = self.train_step()
             self.recompiles += compiled_graphs() - graphs
             self.steps.append(row | {"step": self.step, "tokens": self.tokens, "train_time_ms": self.time_ms})
             progress.update(1)
-            if not math.isfinite(row["loss_hard"]):
-                raise Diverged(f"loss_hard is {row['loss_hard']} at step {self.step}")
+            for name in ("loss_hard", "loss_soft", "grad_norm"):
+                if not math.isfinite(row.get(name, 0.0)):
+                    raise Diverged(f"{name} is {row[name]} at step {self.step}, {self.batch(row, cursor)}")
             if self.step % every == 0 or self.step == stop:
                 self.validate(progress)
                 if self.reached():
@@ -184,6 +209,17 @@ class Trainer:
                 checkpoint()
                 raise Interrupted
             graphs = compiled_graphs()  # a validation may compile: it is outside the clock
+
+    def batch(self, row: dict, cursor: tuple[int, int, int]) -> str:
+        """Which tokens the last step trained on, in words that find them again."""
+        epoch, shard, place = cursor
+        size = self.config.schedule.micro_batch_tokens
+        first, last = (self.tokens - row["batch_tokens"]) // size, self.tokens // size - 1
+        file = self.dataset.manifest["train"][shard]["file"]
+        return (
+            f"on micro-batches {first} to {last} of seed {self.config.seed}'s stream, from document {place} in "
+            f"the order of epoch {epoch} of {file}; {size} tokens each"
+        )
 
     def train_step(self) -> dict:
         """One optimiser step; returns its row for steps.csv, less step, tokens and time."""
@@ -324,18 +360,22 @@ class Trainer:
         }
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"optim.{name}": value for name, value in self.optimizers.state_tensors().items()}
-        tensors = {name: value.detach().contiguous() for name, value in tensors.items()}
-        write_via(path, lambda temporary: save_file(tensors, temporary, metadata={"facts": json.dumps(facts)}))
+        tensors = {name: value.detach().contiguous().cpu() for name, value in tensors.items()}
+        text = json.dumps(facts)
+        metadata = {"facts": text, "sha256": state_sha256(text, tensors)}
+        write_via(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     def load_state(self, path: Path, key: dict) -> bool:
-        """Go on from a saved state made with the same key; False, and nothing changed, if there is none."""
+        """Go on from a saved state made with the same key; False, and nothing changed, if there is none.
+
+        Raises Damaged for one that is not as it was written.
+        """
         if not path.is_file():
             return False
-        with safe_open(path, framework="pt", device=self.device) as file:
-            facts = json.loads(file.metadata()["facts"])
-            if facts["key"] != key:
-                return False
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        facts, tensors = read_state(path)
+        if facts["key"] != key:
+            return False
+        tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         if facts["untied"] and self.model.head is None:
             self.optimizers.untie()
         model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}

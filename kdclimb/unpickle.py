@@ -27,7 +27,10 @@ ZIP_START = b"PK\x03\x04"
 
 def load(path: Path) -> dict:
     """The unpickled object. Raises ValueError that names the file, and what its pickle asks for."""
-    zipped = zipfile.is_zipfile(path)
+    try:
+        zipped = zipfile.is_zipfile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path}: not a file that torch.save wrote, or damaged ({error})") from error
     if not zipped and path.open("rb").read(4) == ZIP_START:
         raise ValueError(f"{path}: cut off or damaged: it starts as a torch file, but its end is missing")
     try:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdclimb.artifacts import DeviceLease, write_json
+from kdclimb.artifacts import DeviceLease, needs_room, seal, sync, write_json
 from kdclimb.attention import choose_backend
 from kdclimb.cache import DESCRIPTION, STEPS_A_NAT, layout
 from kdclimb.config import CacheConfig, ConfigError, require
@@ -66,7 +66,7 @@ def write(config: CacheConfig, out: Path, manifest: Path, teacher_folder: Path, 
         "device": device_kind(config.device),
         "versions": versions(),
     }
-    write_json(out / DESCRIPTION, description)
+    write_json(out / DESCRIPTION, seal(description))
 
 
 def announce(config: CacheConfig, width: int, out: Path) -> None:
@@ -92,14 +92,16 @@ def _fill(config: CacheConfig, out: Path, dataset: Dataset, teacher: GPT) -> tup
     files = {name: (out / f"{name}.bin").open("wb") for name in forms}
     checksums = {name: [] for name in forms}
     begun = time.perf_counter()
-    for _ in range(config.micro_batches):
+    for place in range(config.micro_batches):
         target = teacher_target(teacher, stream.next_batch(size, config.device))
         for name, tensor in _values(config, target, generator).items():
             array = np.ascontiguousarray(tensor.cpu().numpy().astype(forms[name][0], copy=False))
             checksums[name].append(zlib.crc32(array))
-            array.tofile(files[name])
-    for file in files.values():
-        file.close()
+            with needs_room(out / f"{name}.bin"):
+                files[name].write(array.data)
+                if place == config.micro_batches - 1:
+                    files[name].close()
+                    sync(out / f"{name}.bin")
     cost_ms = 1e3 * (time.perf_counter() - begun)
     if config.clock == "modelled":
         flops = teacher.flops_per_token(config.max_doc_tokens / 2, backward=False)

@@ -14,7 +14,8 @@ from snakemake.logging import logger
 from kdclimb import campaign as campaigns
 from kdclimb import expansion
 from kdclimb import plan
-from kdclimb.analysis.tables import AnalysisError
+from kdclimb.analysis.tables import AnalysisError, remedy
+from kdclimb.artifacts import read_sealed
 from kdclimb.config import NGRAM_PREFIX, ConfigError, canonical_json
 from kdclimb.imported import PREFIX
 from kdclimb.lease import queued_jobs
@@ -269,7 +270,7 @@ def train_code(run_id):
     """The trainer's hash; under `code: frozen`, that of the finished run, so that nothing counts as changed."""
     status = Path(f"results/runs/{run_id}/status.json")
     if CAMPAIGN.code == "frozen" and status.is_file():
-        return json.loads(status.read_text())["code_hash"]
+        return read_sealed(status, remedy(status.parent), or_plain=True)["code_hash"]
     return code("train")
 
 

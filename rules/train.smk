@@ -36,9 +36,9 @@ rule train:
         compile_cache=compile_cache(),
     params:
         config=lambda wildcards: shlex.quote(asked_run(wildcards).canonical()),
-        teacher=lambda wildcards, input: (f"--teacher {input.teacher}" if input.teacher else ""),
-        cache=lambda wildcards, input: f"--cache {input.cache}" if input.cache else "",
-        policy=lambda wildcards, input: f"--policy {input.policy}" if input.policy else "",
+        teacher=lambda wildcards, input: (f"--teacher {shlex.quote(str(input.teacher))}" if input.teacher else ""),
+        cache=lambda wildcards, input: f"--cache {shlex.quote(str(input.cache))}" if input.cache else "",
+        policy=lambda wildcards, input: f"--policy {shlex.quote(str(input.policy))}" if input.policy else "",
         code=lambda wildcards: train_code(wildcards.run),
     # exec: a signal to all processes of the job must find the trainer, and no shell that dies of it before.
     shell:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from checkouts import CORES, SMALL, TINY, Checkout, overlay
 
-FOLDERS = ("unit", "workflow")  # then all others
+FOLDERS = ("unit", "faults", "workflow")  # then all others
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # gw0, gw1, ...; None where one process runs all tests
 
 
@@ -20,10 +20,21 @@ if WORKER is None and "gpu" not in sys.argv:  # workers are told by the process 
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("faults", "the long form of tests/faults")
+    group.addoption("--faults", action="store_true", help="tests/faults alone, in its long form")
+    group.addoption("--campaigns", type=int, default=20, help="campaigns that are killed and compared (default: 20)")
+    group.addoption("--first", type=int, default=0, help="seed of the first of them, to go on from (default: 0)")
+    group.addoption("--fuzz-seconds", type=float, help="CPU seconds of each fuzzing (default: 600 with --faults)")
+
+
 def pytest_configure(config):
     """Workers side by side have their own cores, since threads of two trainings on one core wait for each other by
     spinning; and so each has a device of its own: the lock of kdclimb's DeviceLease is in the temporary folder.
     """
+    config.measured = []  # lines of what the tests of tests/faults did
+    if config.option.fuzz_seconds is None:
+        config.option.fuzz_seconds = 600.0 if config.option.faults else 0.0
     if WORKER is None:
         return
     number, count = int(WORKER.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
@@ -61,6 +72,11 @@ def made_once(tmp_path_factory, name, make):
     return checkout
 
 
+def pytest_terminal_summary(terminalreporter, config):
+    for line in config.measured:
+        terminalreporter.write_line(f"faults: {line}")
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """The tiny campaign, run once from nothing to its report. Read only: copy it to change it."""
@@ -80,7 +96,10 @@ def small(tmp_path_factory, finished):
     return made_once(tmp_path_factory, "small", make)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    faults = config.getoption("--faults")
+    items[:] = [item for item in items if (_folder(item) == "faults" or not faults)]
+    items[:] = [item for item in items if faults or not item.get_closest_marker("faults")]
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu:
         import torch
@@ -93,7 +112,11 @@ def pytest_collection_modifyitems(items):
     items.sort(key=_place)  # stable: within a folder the order stays
 
 
-def _place(item):
+def _folder(item):
     parts = item.path.relative_to(item.config.rootpath).parts
-    folder = parts[1] if len(parts) > 2 else ""
+    return parts[1] if len(parts) > 2 else ""
+
+
+def _place(item):
+    folder = _folder(item)
     return bool(item.get_closest_marker("slow")), FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)

@@ -18,8 +18,8 @@ from kdclimb.analysis.tables import (
     read_csv,
     read_json,
     write_csv,
+    write_json,
 )
-from kdclimb.artifacts import write_json
 from kdclimb.imported import LOGGED
 from kdclimb.logs import log_config, read_log, summary
 

@@ -21,6 +21,7 @@ from kdclimb.analysis.tables import (
     read_csv,
     read_json,
     write_csv,
+    write_json,
 )
 from kdclimb.analysis.targets import (
     REACHED_COLUMNS,
@@ -37,7 +38,6 @@ from kdclimb.analysis.targets import (
 from kdclimb.analysis.tested import VERDICT_COLUMNS, verdict_rows
 from kdclimb.analysis.tuning import TUNING_COLUMNS, tuning, tuning_rows
 from kdclimb.analysis.verdict import SAVINGS, doubts_of, ngram_sentence, no_teacher, pair_up, verdict
-from kdclimb.artifacts import write_json
 from kdclimb.imported import LOGGED
 
 CURVE_COLUMNS = tuple(

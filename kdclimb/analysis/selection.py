@@ -17,9 +17,10 @@ from kdclimb.analysis.tables import (
     read_csv,
     read_json,
     write_csv,
+    write_json,
 )
 from kdclimb.analysis.targets import SCREEN_COLUMNS
-from kdclimb.artifacts import FILES, write_json
+from kdclimb.artifacts import FILES
 from kdclimb.schedule import total_tokens
 
 PROBE_COLUMNS = tuple(

@@ -15,14 +15,14 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from kdclimb import artifacts
-from kdclimb.artifacts import SUMMARY_COLUMNS, VAL_COLUMNS
+from kdclimb.artifacts import SUMMARY_COLUMNS, VAL_COLUMNS, Damaged
 from kdclimb.config import ConfigError, NgramConfig, RunConfig
-from kdclimb.imported import ImportedConfig, LogConfig, read_config
+from kdclimb.imported import PREFIX, ImportedConfig, LogConfig, read_config
 
 STEP_COLUMNS = ("step", "tokens", "train_time_ms", "batch_tokens", "kd_share", "kd_active")  # those that are read here
 # A run in a campaign's table. The trainer's own `arm` (ce, kd, ...) is called kind here, since arm is the stage.
@@ -45,13 +45,20 @@ class AnalysisError(ValueError):
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
     """Write the named columns of `rows`; each row must have them all, and may have more."""
-    artifacts.write_csv(path, list(columns), [{column: row[column] for column in columns} for row in rows])
+    cells = [{column: row[column] for column in columns} for row in rows]
+    artifacts.write_noted(path, lambda path: artifacts.write_csv(path, list(columns), cells))
+
+
+def write_json(path: Path, value) -> None:
+    artifacts.write_noted(path, lambda path: artifacts.write_json(path, value))
 
 
 def read_text(path: Path) -> str:
-    """The text of a file; AnalysisError names the file where it can't be read."""
+    """The text of a file; AnalysisError names the file where it can't be read, or is not as it was written."""
     try:
-        return Path(path).read_text()
+        return artifacts.read_noted(path)
+    except Damaged as error:
+        raise AnalysisError(str(error)) from error
     except (OSError, UnicodeDecodeError) as error:
         raise AnalysisError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
 
@@ -111,31 +118,41 @@ class RunFolder:
     log_tail: str = ""
     speed: float = 1.0  # factor that all its times are read with: the machine's anchor was so much faster or slower
     unsteady: str = ""  # why its time can be compared with no other's
+    files: dict[str, str] = field(default_factory=dict)  # {artifact: sha256}; without, nothing is verified
 
     @classmethod
     def read(cls, flag: str) -> RunFolder:
         """Read the folder named by a flag 'ARM|LABEL|FOLDER'.
 
-        Raises AnalysisError where a file is missing or malformed, and where the folder's name is not the
-        run id of the config inside: such a folder holds another run than the one asked for.
+        Raises AnalysisError where a file is missing, malformed or not as the run left it, and where the folder's name
+        is not the run id of the config inside: such a folder holds another run than the one asked for.
         """
         parts = flag.split("|")
         if len(parts) != 3 or not all(parts):
             raise AnalysisError(f"--run {flag!r}: not of the form 'ARM|LABEL|FOLDER'")
         arm, label, folder = parts[0], parts[1], Path(parts[2])
         try:
-            config = read_config(read_json(folder / "config.json"))
+            status = artifacts.read_sealed(folder / "status.json", remedy(folder), or_plain=True)
+        except OSError as error:
+            raise AnalysisError(f"{folder / 'status.json'}: can't be read: {error.strerror}") from error
+        except Damaged as error:
+            raise AnalysisError(str(error)) from error
+        missing = [key for key in ("status", "reason") if key not in status]
+        if missing:
+            raise AnalysisError(f"{folder / 'status.json'}: lacks {', '.join(missing)}")
+        files = status.get("files", {})
+        try:
+            config = read_config(read_json(verified(folder, "config.json", files)))
         except ConfigError as error:
             raise AnalysisError(f"{folder / 'config.json'}: {error}") from error
         if config.run_id != folder.name:
             raise AnalysisError(f"{folder / 'config.json'}: this is the config of run {config.run_id}")
-        status = read_json(folder / "status.json", ["status", "reason"])
-        rows = read_csv(folder / "summary.csv", SUMMARY_COLUMNS)
+        rows = read_csv(verified(folder, "summary.csv", files), SUMMARY_COLUMNS)
         if len(rows) != 1 or rows[0]["run_id"] != folder.name:
             raise AnalysisError(f"{folder / 'summary.csv'}: not the one row of run {folder.name}")
         ended = (status["status"], status["reason"] or "")
         where = (status.get("slurm_job") or "", status.get("log_tail") or "")  # not all kinds of runs have them
-        return cls(arm, label, folder, config, *ended, rows[0], *where)
+        return cls(arm, label, folder, config, *ended, rows[0], *where, files=files)
 
     @property
     def run_id(self) -> str:
@@ -170,7 +187,7 @@ class RunFolder:
         return self._ascending("steps.csv", STEP_COLUMNS)
 
     def _ascending(self, name: str, columns: Sequence[str]) -> list[dict]:
-        rows = read_csv(self.folder / name, columns)
+        rows = read_csv(verified(self.folder, name, self.files), columns)
         owed = [column for column in ("step", "tokens", "train_time_ms", "val_loss") if column in columns]
         if self.imported:
             owed.remove("tokens")
@@ -221,6 +238,23 @@ class RunFolder:
         return f"{self.status}: {self.reason or 'no reason recorded'}"
 
 
+def verified(folder: Path, name: str, files: dict[str, str]) -> Path:
+    """The path of a run's artifact; AnalysisError unless it has the sha256 that `files`, if any, has of it."""
+    if files:
+        try:
+            artifacts.verify(folder / name, files.get(name, "of no such file"), remedy(folder))
+        except Damaged as error:
+            raise AnalysisError(str(error)) from error
+    return folder / name
+
+
+def remedy(folder: Path) -> str:
+    """What makes a damaged run again."""
+    if folder.name.startswith(PREFIX):
+        return "delete the folder and import it again"
+    return f"make the run again: python -m kdclimb retry --run {folder.name}, then ./run"
+
+
 def show_ms(value: float) -> str:
     """A time in words, three significant digits or so: 61.4 ms, 6.14 s, 1,234 s."""
     if abs(value) < 999.5:
@@ -241,7 +275,8 @@ def run_script(doc: str, function: Callable, *files: str, runs: bool = False, **
 
     Each of `files` is a required path flag. With `runs`, --run 'ARM|LABEL|FOLDER' may be given any number
     of times. `options` are further required flags by type, where bool makes a switch. Names with `_` are
-    flags with `-`. An AnalysisError is printed and gives 1.
+    flags with `-`. An AnalysisError, or an error of
+    the file system, is printed and gives 1.
     """
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False)
     if runs:
@@ -256,7 +291,7 @@ def run_script(doc: str, function: Callable, *files: str, runs: bool = False, **
         if runs:
             values["runs"] = [RunFolder.read(flag) for flag in values["runs"]]
         function(**values)
-    except AnalysisError as error:
+    except (AnalysisError, OSError) as error:
         print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -17,8 +17,7 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from kdclimb.analysis.paired import FAILED, UNKNOWN, Seen, beyond, within
-from kdclimb.analysis.tables import RUN_COLUMNS, RunFolder, read_json, write_csv
-from kdclimb.artifacts import write_json
+from kdclimb.analysis.tables import RUN_COLUMNS, RunFolder, read_json, write_csv, write_json
 
 PLACE = ("step", "tokens", "train_time_ms")
 CONSECUTIVE = 2  # validations in a row at or below the target, so that one lucky validation doesn't count

@@ -68,7 +68,7 @@ def test_folder_of_another_run_is_refused(tmp_path):
 def test_bad_run_flags_and_folders_are_named(tmp_path):
     with pytest.raises(AnalysisError, match="ARM"):
         RunFolder.read("ce|CE 100")
-    with pytest.raises(AnalysisError, match=r"gone/config\.json"):
+    with pytest.raises(AnalysisError, match=r"gone/status\.json"):
         RunFolder.read(f"ce|CE 100|{tmp_path / 'gone'}")
     folder = write_run(tmp_path, make_config())
     (folder / "status.json").write_text('{"status": "ok"}')

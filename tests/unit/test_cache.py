@@ -10,6 +10,7 @@ import torch
 from configs import ROOT, merged
 
 from kdclimb import campaign, expansion, write_cache
+from kdclimb.artifacts import seal, write_json
 from kdclimb.cache import DESCRIPTION, TargetCache
 from kdclimb.config import ConfigError
 from kdclimb.data import Dataset
@@ -193,7 +194,7 @@ def test_a_damaged_cache_is_refused_where_it_is_read(copied, opened):
 def test_a_cache_of_another_teacher_or_other_data_is_stale(key, copied, opened):
     run, folder = copied
     description = json.loads((folder / DESCRIPTION).read_text()) | {key: "x"}
-    (folder / DESCRIPTION).write_text(json.dumps(description))
+    write_json(folder / DESCRIPTION, seal(description))
     with pytest.raises(ValueError, match=f"stale: {key}"):
         opened(run, folder)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kdclimb import distill
+from kdclimb.artifacts import seal, write_json
 from kdclimb.data import Dataset
 from kdclimb.distill import KDController
 from kdclimb.kernels import DenseTeacher, distill_loss
@@ -49,14 +50,14 @@ def test_other_weights_are_refused(copy, val_batches):
     raw = bytearray((copy / "model.safetensors").read_bytes())
     raw[-1] ^= 1
     (copy / "model.safetensors").write_bytes(raw)
-    with pytest.raises(ValueError, match="not the weights"):
+    with pytest.raises(ValueError, match="model.safetensors: damaged"):
         load_teacher(copy, val_batches, {}, **OPTIONS)
 
 
 @pytest.mark.parametrize(("key", "value"), [("data_hash", "x"), ("tokenizer_sha256", "x"), ("max_doc_tokens", 3)])
 def test_a_teacher_of_other_data_is_refused(copy, val_batches, dataset, kd_config, key, value):
     description = json.loads((copy / "model.json").read_text()) | {key: value}
-    (copy / "model.json").write_text(json.dumps(description))
+    write_json(copy / "model.json", seal(description))
     with pytest.raises(ValueError, match=key):
         load_teacher(copy, val_batches, checkpoint_facts(kd_config, dataset), **OPTIONS)
 
@@ -64,7 +65,7 @@ def test_a_teacher_of_other_data_is_refused(copy, val_batches, dataset, kd_confi
 def test_a_teacher_that_scores_otherwise_is_refused(copy, val_batches):
     description = json.loads((copy / "model.json").read_text())
     description["model"]["softcap"] = [10.0, 5.0, 7.5]
-    (copy / "model.json").write_text(json.dumps(description))
+    write_json(copy / "model.json", seal(description))
     with pytest.raises(ValueError, match="when it was saved"):
         load_teacher(copy, val_batches, {}, **OPTIONS)
 

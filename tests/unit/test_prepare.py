@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from configs import ROOT, merged
 
-from kdclimb import campaign, prepare, shards, sources, tokenizer
+from kdclimb import artifacts, campaign, prepare, shards, sources, tokenizer
 from kdclimb.data import Dataset
 from kdclimb.shards import document_lengths, read_shard, write_shard, write_shards
 
@@ -261,7 +261,7 @@ def test_large_files_are_hashed_once_until_they_change(tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr(sources, "KEPT_FROM", 1)
     monkeypatch.setattr(sources, "SETTLED", 0.0)
-    monkeypatch.setattr(sources, "sha256", lambda path: read.append(path.name) or shards.sha256(path))
+    monkeypatch.setattr(sources, "sha256", lambda path: read.append(path.name) or artifacts.sha256(path))
     paths = [tmp_path / name for name in ("a.txt", "b.txt")]
     for path in paths:
         path.write_text("one")

@@ -12,6 +12,8 @@ import torch
 import yaml
 from checkouts import ROOT, SMALL, TINY, jobs, overlay
 
+from kdclimb.artifacts import publish
+
 pytestmark = pytest.mark.slow
 
 LEDGER = (
@@ -283,10 +285,10 @@ def test_a_failed_candidate_is_rejected_with_its_reason(changed):
     )["run_id"]
     folder = changed.path / "results/runs" / run_id
     status = json.loads((folder / "status.json").read_text())
-    (folder / "status.json").write_text(json.dumps(status | {"status": "oom", "reason": "out of memory"}))
     summary = (folder / "summary.csv").read_text().replace(",ok,", ",oom,")
     (folder / "summary.csv").write_text(summary)
     (folder / "checkpoints/model.safetensors").unlink()
+    publish(folder, status | {"status": "oom", "reason": "out of memory"})
     changed.run("results/tiny/teacher/selected.json", *TINY)
     measured = json.loads((changed.path / "results/tiny/teacher/measured.json").read_text())
     assert measured["survivors"] == ["L1-H2-D8-26"] and "out of memory" in measured["rejected"]["L1-H2-D4-50"]

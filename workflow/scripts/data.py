@@ -1,6 +1,7 @@
 """Prepare the data: tokenizer, token shards, manifest.json; and see that there are tokens enough."""
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     try:
         write_text(args.log, main(args))
-    except ValueError as error:
-        write_text(args.log, f"data: {error}\n")
+    except (ValueError, OSError) as error:
+        with contextlib.suppress(OSError):  # where the disk is full the log has no room either
+            write_text(args.log, f"data: {error}\n")
         sys.exit(f"data: {error}")

@@ -19,5 +19,5 @@ if __name__ == "__main__":
     args = parser.parse_args()
     try:
         write(build(CacheConfig, json.loads(args.config)), args.out, args.manifest, args.teacher, args.threads)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"kd_cache: {error}")

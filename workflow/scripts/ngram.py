@@ -19,5 +19,5 @@ if __name__ == "__main__":
     text = args.config if args.config.startswith("{") else Path(args.config).read_text()
     try:
         make(build(NgramConfig, json.loads(text)), args.out, args.manifest, args.threads)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"ngram: {error}")

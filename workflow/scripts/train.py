@@ -38,7 +38,7 @@ if __name__ == "__main__":
             policy=args.policy,
             give_up=args.attempt > args.attempts,
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"train: {error}")
     if code == 0 and args.mirror:  # a program of its own: an import would make mirroring a part of the trainer's hash
         copy = [sys.executable, "workflow/scripts/mirror.py", "--root", args.mirror, "--run", args.out]

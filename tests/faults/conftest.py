@@ -1,0 +1,35 @@
+"""A run of the tiny campaign to damage, a disk that is full, and how long the long form goes on."""
+
+import subprocess
+
+import pytest
+from configs import ROOT, merged
+from training import train
+
+from kdclimb import campaign, expansion
+from kdclimb.prepare import prepare
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """(results, manifest, config) of the tiny campaign's data and first CE run. Read only: copy it to change it."""
+    results = tmp_path_factory.mktemp("made") / "results"
+    tiny = campaign.load(merged("tests/tiny.yaml"), ROOT)
+    data = campaign.data_id(tiny, ROOT)
+    prepare(campaign.data_spec(tiny, ROOT), results / "data" / data, ROOT)
+    config = expansion.expand(tiny, {}, data)[0].config
+    manifest = results / "data" / data / "manifest.json"
+    assert train(config, results / "runs" / config.run_id, manifest) == 0
+    return results, manifest, config
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system of 256 KiB; skipped where it can't be mounted."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small file system can only be mounted by root")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
