@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DATA = ("fetch", "prepare", "shards", "sources", "supply", "text", "tokenizer")
 LIGHT = (
-    "bundle", "campaign", "config", "expansion", "explain", "imported", "lease", "logs", "mirror", "plan", "provenance", "sections", *DATA,
+    "bundle", "campaign", "config", "expansion", "explain", "imported", "lease", "logs", "mirror", "plan",
+    "provenance", "sections", *DATA,
 )  # fmt: skip
 WITHOUT_TORCH = [f"kdclimb.{name}" for name in LIGHT] + sorted(
     f"kdclimb.analysis.{path.stem}" for path in (ROOT / "kdclimb/analysis").glob("*.py") if path.stem != "__init__"
