@@ -9,6 +9,7 @@ import torch
 from configs import ROOT, merged
 
 from kdclimb import campaign, expansion, write_cache
+from kdclimb.artifacts import seal
 from kdclimb.attention import Documents
 from kdclimb.cache import DESCRIPTION, TargetCache
 from kdclimb.config import ConfigError
@@ -159,7 +160,7 @@ def test_a_cache_by_another_arithmetic_is_stale(cached, manifest, teacher_folder
     run, _, folder = cached("bf16")
     description = json.loads((folder / DESCRIPTION).read_text())
     description["config"]["teacher_dtype"] = "fp8"
-    (folder / DESCRIPTION).write_text(json.dumps(description))
+    (folder / DESCRIPTION).write_text(json.dumps(seal(description)))
     teacher = SimpleNamespace(config=SimpleNamespace(dim=16))
     with pytest.raises(ValueError, match="stale: (id|teacher_dtype)"):
         TargetCache(folder, run, teacher, {})
