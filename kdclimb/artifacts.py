@@ -24,7 +24,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 MADE_AT_THE_END = ("config.json", "steps.csv", "val.csv", "summary.csv", "val_loss.png", "step_time.png", "status.json")
-FILES = (*MADE_AT_THE_END, "train.log")
+LOG = "train.log"  # which Snakemake empties before it starts a job again
+FILES = (*MADE_AT_THE_END, LOG)
 ARTIFACTS = ("checkpoints", *MADE_AT_THE_END)  # what Snakemake deletes before it starts a job again; status.json last
 STEP_COLUMNS = (
     "step tokens train_time_ms lr_mult batch_tokens window_short window_long loss_hard loss_soft "
@@ -230,6 +231,8 @@ class RunFolder:
         write_json(kept / "status.json", seal(status | {"files": hashes(self.path)}))
         for name in ARTIFACTS[:-1]:
             _link(self.path / name, kept / name)
+        if (self.path / LOG).is_file():  # a copy: what empties the log must not empty this
+            shutil.copyfile(self.path / LOG, kept / LOG)
         write_json(kept / "key.json", seal({"key": key}))
         (self.path / "status.json").unlink(missing_ok=True)
         _link(kept / "status.json", self.path / "status.json")
@@ -258,6 +261,8 @@ class RunFolder:
             target = self.path / name
             shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
             _link(kept / name, target)
+        if (kept / LOG).is_file():
+            write_via(self.path / LOG, lambda temporary: shutil.copyfile(kept / LOG, temporary))
         sync(self.path)
         return True
 

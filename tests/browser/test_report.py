@@ -210,7 +210,7 @@ def test_where_nothing_met_the_budget_it_says_so(over_budget, visit):
 
 def test_an_empty_campaign_says_what_is_missing(empty, visit):
     page = visit(empty)
-    assert "0 of 16 runs known so far have ended" in page.locator(".sofar").inner_text()
+    assert "0 of 19 runs known so far have ended" in page.locator(".sofar").inner_text()
     assert "waits for the CE baseline" in page.locator("#teacher-budget").inner_text()
     assert "no run has ended yet" in page.locator("#runs").inner_text() and no_sideways_scroll(page)
 

@@ -145,6 +145,15 @@ def test_damaged_notes_of_a_run_stop_nothing(way, name, copied, made):
         assert run.restore_complete({"config": "another"}, any_code=False) is False
 
 
+def test_a_run_that_is_brought_back_has_its_log(copied, made):
+    run = copied / "runs" / made[2].run_id
+    log = (run / "train.log").read_text()
+    (run / "train.log").write_text("")  # as Snakemake does before it starts a job
+    (run / "status.json").unlink()
+    assert train(made[2], run, made[1]) == 0
+    assert log.startswith("PYTHONPATH") and (run / "train.log").read_text() == log
+
+
 def test_a_run_of_another_folder_is_refused(copied, made):
     run = copied / "runs" / made[2].run_id
     run.rename(run.with_name("ce-another"))

@@ -11,13 +11,14 @@ from configs import ROOT, merged
 from kdclimb import campaign
 
 MIB = 2**20
-CODE = """
-import json, resource, sys
+# VmHWM, since ru_maxrss would have the memory of the process that started this one.
+CODE = r"""
+import json, re, sys
 from pathlib import Path
 from kdclimb.prepare import prepare
 manifest = prepare(json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
 tokens = sum(shard["tokens"] for part in ("train", "val") for shard in manifest[part])
-print(json.dumps([tokens, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+print(json.dumps([tokens, int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024]))
 """
 
 
