@@ -35,7 +35,7 @@ from benchmarks.common import Rows
 from benchmarks.kd_loss import liger_loss
 from benchmarks.train_step import ROOT, first_step, measure, student, synchronize, synthetic
 from kdclimb import expansion, schedule, sections, write_cache
-from kdclimb.artifacts import write_json
+from kdclimb.artifacts import seal, write_json
 from kdclimb.attention import choose_backend
 from kdclimb.cache import DESCRIPTION, TargetCache
 from kdclimb.config import ATTENTION_BACKENDS, AttentionConfig, CacheConfig, KDConfig, RunConfig
@@ -140,7 +140,7 @@ class Arms:
         out.mkdir()
         write_cache.announce(config, teacher.config.dim, out)
         checksums, _ = write_cache._fill(config, out, self.trainer.dataset, teacher)
-        write_json(out / DESCRIPTION, {"config": dataclasses.asdict(config), "checksums": checksums})
+        write_json(out / DESCRIPTION, seal({"config": dataclasses.asdict(config), "checksums": checksums}))
         reader = dataclasses.replace(run, kd=self.kd(cache=config.cache_id))
         self.caches[kind, dtype] = TargetCache(out, reader, teacher, {})
         return self.caches[kind, dtype]

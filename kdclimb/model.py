@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kdclimb.attention import Documents, Span, attention, to_device
 from kdclimb.config import ModelConfig
 from kdclimb.kernels import Softcap, fp8
-from kdclimb.kernels.mlp import relu2_mlp
+from kdclimb.kernels.mlp import has_tma, relu2_mlp
 from kdclimb.kernels.rows import add_rows
 
 ROTARY_BASE = 1024.0  # this and all below are the speedrun's
@@ -32,6 +32,8 @@ GATE_INPUTS = 12  # a gate looks at so many dimensions of the hidden state
 VALUE_STD = 0.01  # of value embeddings that start at random
 RESIDUAL, BIGRAM, QKV, BACKOUT, SKIP = 1.1, 0.1, 0.5, 0.5, -1.5  # where learned factors start
 MATRICES = ("q", "k", "v", "o", "up", "down")
+# torch 2.11's scheduler fails an assertion (reorder_loops_by_dep_pair) where it reorders the loops of small tensors
+COMPILE_OPTIONS = {"loop_ordering_after_fusion": False}
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -352,8 +354,8 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 @functools.cache
 def compile_layer(backend: str = "inductor"):
     """`layer` by torch.compile: one graph for each kind of layer and shape, none for new windows or scales."""
+    torch.compiler.assume_constant_result(has_tma)  # not where it is defined: it imports the compiler, in seconds
     torch._dynamo.config.automatic_dynamic_shapes = False  # a new shape is a graph of its own, no slow one for all
     torch._dynamo.config.recompile_limit = 64  # kinds of layers, student and teacher, with and without gradients
-    # torch 2.11's scheduler fails an assertion (reorder_loops_by_dep_pair) where it reorders loops of a small layer
-    options = {"loop_ordering_after_fusion": False} if backend == "inductor" else None
+    options = COMPILE_OPTIONS if backend == "inductor" else None
     return torch.compile(layer, fullgraph=True, backend=backend, options=options)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kdclimb.config import MuonConfig, OptimConfig
-from kdclimb.model import GPT
+from kdclimb.model import COMPILE_OPTIONS, GPT
 
 SAFETY = 1.02  # room above the largest singular value for bf16's rounding
 COEFFICIENTS = {  # a, b, c of x <- a x + b (x x^T) x + c (x x^T)^2 x, one row an iteration
@@ -100,7 +100,7 @@ def adam_decay(param: Tensor, grad: Tensor, average: Tensor, decay: Tensor, beta
 
 @functools.cache  # so that a run which is reset after its warm-up meets the same graphs again
 def _compiled(function):
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    return torch.compile(function, fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
 
 
 class Matrices:

@@ -34,11 +34,11 @@ def relu2_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def _fits(x: Tensor, up: Tensor) -> bool:
-    return x.is_cuda and x.dtype == torch.bfloat16 and not any(width % 8 for width in up.shape) and _has_tma()
+    return x.is_cuda and x.dtype == torch.bfloat16 and not any(width % 8 for width in up.shape) and has_tma()
 
 
-@torch.compiler.assume_constant_result  # of one machine; torch.compile would stop at the question
-def _has_tma() -> bool:
+def has_tma() -> bool:
+    """Whether the GPU copies tiles by itself. torch.compile would stop here: `compile_layer` has it asked once."""
     return triton is not None and torch.cuda.get_device_capability() >= (9, 0)
 
 

@@ -386,7 +386,7 @@ def train(run_config, manifest, folder, teacher=None):
     out = folder / run_config.run_id
     assert run(run_config, out, manifest, teacher, threads=4, any_code=False, last_attempt=True) == 0
     status = json.loads((out / "status.json").read_text())
-    assert status["status"] == "ok", status
+    assert status["status"] == "ok", (out / "train.log").read_text()
     with (out / "summary.csv").open() as file:
         (summary,) = csv.DictReader(file)
     with (out / "val.csv").open() as file:
