@@ -33,8 +33,10 @@ from kdclimb.config import BoostConfig, RunConfig
 from kdclimb.explain import read_config
 from kdclimb.prepare import prepare
 from kdclimb.run import run as train
+from kdclimb.sections import Campaign
 
 ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = [ROOT / "config/seed155.yaml", ROOT / "config/pilot155.yaml"]
 KEPT = ("config.json", "status.json", "steps.csv", "summary.csv", "train.log", "val.csv")
 BOOST = BoostConfig(2.0, 0.15, 0.30)
 RUN_COLUMNS = (
@@ -46,6 +48,14 @@ BREAK_EVEN_COLUMNS = (
 ).split()
 
 
+def prepared(loaded: Campaign, data: str) -> Path:
+    """The manifest of the campaign's data, whose id is `data`; made here if it isn't there yet."""
+    manifest = ROOT / "results/data" / data / "manifest.json"
+    if not manifest.is_file():
+        prepare(campaign.data_spec(loaded, ROOT), manifest.parent, ROOT)
+    return manifest
+
+
 class Block:
     """Trains arms, each once; `out`/block.json says which run is which."""
 
@@ -54,9 +64,7 @@ class Block:
         values["device"] = device or values["device"]
         self.campaign, self.out = campaign.load(values, ROOT), out
         data = campaign.data_id(self.campaign, ROOT)
-        self.manifest = ROOT / "results/data" / data / "manifest.json"
-        if not self.manifest.is_file():
-            prepare(campaign.data_spec(self.campaign, ROOT), self.manifest.parent, ROOT)
+        self.manifest = prepared(self.campaign, data)
         self.make = expansion.Expansion(self.campaign, data)
         self.work, self.done = ROOT / "results/runs", []
 
@@ -258,9 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", default=["ce"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument(
-        "--configfile", type=Path, nargs="+", default=[ROOT / "config/seed155.yaml", ROOT / "config/pilot155.yaml"]
-    )
+    parser.add_argument("--configfile", type=Path, nargs="+", default=CONFIGS)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="instead of the config's")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run later than this")
     parser.add_argument("--out", type=Path, default=Path("results/pilot"))

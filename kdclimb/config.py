@@ -81,7 +81,7 @@ class ModelConfig:
     head_dim: int
     bigram_vocab_size: int  # rows of the hashed bigram table; 0 for none
     untie_frac: float  # head tied to the embedding before this fraction of the horizon; 0 untied, 1 tied for good
-    softcap: tuple[float, ...]  # (a, b, c) of a*sigmoid((z+b)/c)
+    softcap: tuple[float, ...] | None  # (a, b, c) of a*sigmoid((z+b)/c)
     attention_scale: float  # softmax scale at head_dim 128, before YaRN; times sqrt(128 / head_dim)
     long_layers: tuple[int, ...]  # layers that look through the long window; the others look through the short one
     attention_free_layers: tuple[int, ...]  # layers that are an MLP alone
@@ -105,12 +105,11 @@ class ModelConfig:
         require(rows == 0 or rows >= 2, "bigram_vocab_size", rows, "0 for none, or 2 or more")
         require(0.0 <= self.untie_frac <= 1.0, "untie_frac", self.untie_frac, "0 to 1")
         require(
-            len(self.softcap) == 3 and self.softcap[0] > 0 and self.softcap[2] > 0,
+            self.softcap is None or (len(self.softcap) == 3 and self.softcap[0] > 0 and self.softcap[2] > 0),
             "softcap",
             self.softcap,
-            "three numbers a, b, c with a > 0 and c > 0, for a*sigmoid((z+b)/c)",
+            "null, or three numbers a, b, c with a > 0 and c > 0, for a*sigmoid((z+b)/c)",
         )
-
         for name in ("long_layers", "attention_free_layers", "paired_layers", "value_layers", "skip", "backout"):
             layers = getattr(self, name)
             known = all(0 <= i < self.num_layers for i in layers) and len(set(layers)) == len(layers)

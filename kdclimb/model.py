@@ -76,8 +76,8 @@ class GPT(nn.Module):
         self.set_windows(None, ())
 
     @property
-    def softcap(self) -> Softcap:
-        return Softcap(*self.config.softcap)
+    def softcap(self) -> Softcap | None:
+        return Softcap(*self.config.softcap) if self.config.softcap else None
 
     @property
     def head_weight(self) -> Tensor:

@@ -66,7 +66,7 @@ class StudentSection:
     head_dim: int
     bigram_vocab_size: int
     untie_frac: float
-    softcap: tuple[float, ...]
+    softcap: tuple[float, ...] | None
     attention_scale: float
     long_layers: tuple[int, ...]
     attention_free_layers: tuple[int, ...]
