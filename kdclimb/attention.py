@@ -37,21 +37,28 @@ class Documents:
     total: int  # T
 
     @classmethod
-    def of(cls, starts: list[int], total: int, device: torch.device | str, longest: int | None = None) -> Documents:
-        """Of documents that start at these tokens of `total`. `longest`: what no document of the data exceeds."""
+    def of(
+        cls, starts: list[int], total: int, device: torch.device | str, longest: int | None = None, room: int = 0
+    ) -> Documents:
+        """Of documents that start at these tokens of `total`. `longest`: what no document of the data exceeds; `room`:
+        how many may well be in a batch of this size, so that compiled code meets one shape.
+        """
         if torch.device(device).type == "cuda":
-            return cls.padded(starts, total, device, longest or total)
+            return cls.padded(starts, total, device, longest or total, room)
         bounds = [*starts, total]
         max_len = max(b - a for a, b in pairwise(bounds))
         return cls(torch.tensor(bounds, dtype=torch.int32, device=device), max_len, total)
 
     @classmethod
-    def padded(cls, starts: list[int], total: int, device: torch.device | str, longest: int) -> Documents:
+    def padded(
+        cls, starts: list[int], total: int, device: torch.device | str, longest: int, room: int = 0
+    ) -> Documents:
         """The same with a power of 2 of documents, some empty, and `max_len` as given: few shapes for compiled code.
 
         Empty documents cost a GPU's kernels next to nothing, and the reference as much as full ones.
         """
-        bounds = [*starts, total] + [total] * ((1 << max(7, len(starts).bit_length())) - len(starts))
+        slots = 1 << max(7, max(len(starts), room).bit_length())
+        bounds = [*starts, total] + [total] * (slots - len(starts))
         return cls(to_device(torch.tensor(bounds, dtype=torch.int32), device), longest, total)
 
     @cached_property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,8 @@ from torch import Tensor
 from kdclimb.artifacts import Damaged, verify
 from kdclimb.attention import Documents, to_device
 from kdclimb.shards import document_order, read_manifest, read_shard
+
+ROOM = 1.5  # times as many documents as there are in a batch on average have room in it
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,9 @@ class Dataset:
         return [_batch(slab, at, device, longest) for at, slab in zip(starts, slabs, strict=True)]
 
 
-def _batch(stream: np.ndarray, starts: list[int], device: str, longest: int) -> Batch:
+def _batch(stream: np.ndarray, starts: list[int], device: str, longest: int, room: int = 0) -> Batch:
     on_device = to_device(torch.from_numpy(stream), device)
-    return Batch(on_device[:-1], on_device[1:], Documents.of(starts, len(stream) - 1, device, longest))
+    return Batch(on_device[:-1], on_device[1:], Documents.of(starts, len(stream) - 1, device, longest, room))
 
 
 class Packer:
@@ -112,6 +116,12 @@ class Packer:
                     yield tokens[starts[i] : min(ends[i], starts[i] + self.max_doc_tokens)]
             self.epoch += 1
 
+    @functools.cached_property
+    def mean_document(self) -> float:
+        """Tokens of a document of the first shard, cut as they are here."""
+        starts = np.flatnonzero(self.shards[0] == self.bos)
+        return np.diff(starts, append=len(self.shards[0])).clip(max=self.max_doc_tokens).mean().item()
+
     def _fill(self, length: int) -> tuple[list[np.ndarray], list[int]]:
         pieces, starts, filled = [], [], 0
         while filled < length:
@@ -127,4 +137,5 @@ class Packer:
     def next_batch(self, tokens: int, device: str) -> Batch:
         pieces, starts = self._fill(tokens + 1)
         starts = [start for start in starts if start < tokens]
-        return _batch(np.concatenate(pieces).astype(np.int64), starts, device, self.max_doc_tokens)
+        room = math.ceil(ROOM * tokens / self.mean_document)
+        return _batch(np.concatenate(pieces).astype(np.int64), starts, device, self.max_doc_tokens, room)

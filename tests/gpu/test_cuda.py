@@ -442,8 +442,8 @@ def test_ce_teacher_and_kd_run_on_the_gpu(manifest, tmp_path):
     # teacher_kl at step 0 is against an untrained student; KD brings it down
     assert float(kd_vals[-1]["teacher_kl"]) < float(kd_vals[0]["teacher_kl"])
     with (out / "steps.csv").open() as file:
-        active = [row for row in csv.DictReader(file) if row["kd_active"] == "1"]
-    assert active and all(0.05 < float(row["kd_share"]) < 0.95 for row in active)
+        shares = [float(row["kd_share"]) for row in csv.DictReader(file) if row["kd_share"]]
+    assert shares and all(0.05 < share < 0.95 for share in shares)
     print("\nCE", {k: summary[k] for k in ("final_val", "step_ms_median", "peak_alloc_gib", "mfu")})
     print("KD", {k: kd_summary[k] for k in ("final_val", "step_ms_median", "peak_alloc_gib", "kd_stop_step")})
 

@@ -8,6 +8,7 @@ import torch
 from configs import ROOT
 
 from kdclimb import campaign
+from kdclimb.attention import Documents
 from kdclimb.data import Dataset, Packer
 from kdclimb.prepare import prepare
 from kdclimb.shards import read_shard, write_shard
@@ -83,6 +84,17 @@ def test_seeds_order_documents_differently_and_skipping_is_reading():
     assert a.epoch >= 1
     assert a.next_batch(64, "cpu").inputs.tolist() == b.next_batch(64, "cpu").inputs.tolist()
     assert packer(1).next_batch(64, "cpu").inputs.tolist() != other.next_batch(64, "cpu").inputs.tolist()
+
+
+def test_compiled_code_meets_one_shape_of_batches_whose_documents_are_now_more_now_fewer(monkeypatch):
+    monkeypatch.setattr(Documents, "of", Documents.padded)
+    rng = np.random.default_rng(0)
+    shard = np.concatenate([[0, *rng.integers(1, 99, rng.integers(40, 86))] for _ in range(2000)]).astype(np.uint16)
+    packer = Packer([shard], bos=0, max_doc_tokens=80, seed=1)
+    batches = [packer.next_batch(8192, "cpu") for _ in range(12)]
+    counts = [int(batch.documents.cu_seqlens.diff().count_nonzero()) for batch in batches]
+    assert min(counts) < 128 < max(counts)  # a power of 2 lies between them
+    assert {len(batch.documents.cu_seqlens) for batch in batches} == {257}
 
 
 def test_slabs_leave_nothing_out_and_keep_documents_apart(manifest):
