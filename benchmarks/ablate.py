@@ -31,7 +31,7 @@ from kdclimb.attention import choose_backend
 from kdclimb.config import ADAM_KINDS, RunConfig
 from kdclimb.data import Dataset
 from kdclimb.explain import merge, read_config
-from kdclimb.train import Diverged, Trainer
+from kdclimb.train import Diverged, Trainer, fix_order
 
 COLUMNS = "part keys seed step val_loss train_s run_id".split()
 ALL = "all"
@@ -110,7 +110,8 @@ def train(config: RunConfig, dataset: Dataset, label: str) -> list[tuple[int, fl
     No checkpoint is written. Raises RuntimeError where torch.compile made a graph inside the clock.
     """
     said = Said(label)
-    trainer = Trainer(config, dataset, None, choose_backend(config.attention, config.device))
+    fix_order(config)
+    trainer = Trainer(config, dataset, None, choose_backend(config.attention, config.device, config.deterministic))
     if config.clock == "measured":
         trainer.warm_up()
     try:
@@ -146,7 +147,7 @@ def ablate(values: dict, parts: list[str], seeds: list[int], out: Path, seconds:
     dataset = Dataset(prepared(loaded, data)) if todo else None
     for i, (seed, part, config) in enumerate(todo):
         started = time.perf_counter()
-        if started - begun + longest > seconds:
+        if i and started - begun + longest > seconds:
             print(f"{len(todo) - i} runs are left, the next one without {part}", flush=True)
             return False
         keys = "; ".join(f"{key}={json.dumps(value)}" for key, value in PARTS[part].items())

@@ -4,13 +4,15 @@ python benchmarks/train_step.py --configfile config/seed155.yaml --out results/b
 
 The student, schedule and optimisers are the config's. `compile_s` is all of the warm-up: every graph that the clock
 will see, from an empty cache unless TORCHINDUCTOR_CACHE_DIR holds one. Steps take the learning rate, windows and labels
-of their stage's start.
+of their stage's start. With --deterministic steps under train.deterministic take turns with the others, both with
+cuBLAS's workspace of the former.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import sys
 import tempfile
@@ -32,7 +34,7 @@ from kdclimb.data import Dataset
 from kdclimb.explain import read_config
 from kdclimb.run import PEAK_TFLOPS
 from kdclimb.shards import write_shard
-from kdclimb.train import SHARE_EVERY, Trainer, compiled_graphs
+from kdclimb.train import SHARE_EVERY, Trainer, compiled_graphs, fix_order
 
 ROOT = Path(__file__).resolve().parent.parent
 MEAN_DOCUMENT = 1500  # tokens; lengths are drawn from an exponential distribution
@@ -114,6 +116,7 @@ def main() -> None:
     parser.add_argument("--head-dtype", choices=("same", "fp8"), help="instead of the config's")
     parser.add_argument("--attention", choices=ATTENTION_BACKENDS, default="auto")
     parser.add_argument("--micro-batch", type=int, help="tokens, instead of the config's")
+    parser.add_argument("--deterministic", action="store_true", help="also what train.deterministic costs")
     parser.add_argument("--commit", help="for the CSV, where there is no git")
     parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder of train_step.csv")
     args = parser.parse_args()
@@ -130,26 +133,43 @@ def main() -> None:
 
 
 def run(config: RunConfig, dataset: Dataset, args: argparse.Namespace) -> None:
-    backend = choose_backend(AttentionConfig(args.attention, False), "cuda")
+    arms = {"ce": config}
+    if args.deterministic:
+        arms["deterministic"] = dataclasses.replace(config, deterministic=True)
+    backend = choose_backend(AttentionConfig(args.attention, False), config.device, args.deterministic)
+    rows = Rows("train_step", args.commit)
     trainer = Trainer(config, dataset, None, backend)
     case = {"attention": trainer.backend, "head": {"same": "bf16"}.get(config.schedule.head_dtype, "fp8")}
     case["micro_batch"] = config.schedule.micro_batch_tokens
-    begun = time.perf_counter()
-    for _ in range(max(2, config.optim.adam.every)):
-        trainer.train_step()
-    synchronize()
-    rows = Rows("train_step", args.commit)
-    rows.add("kdclimb", case, compile_s=time.perf_counter() - begun)
+    cases = {arm: case | ({"deterministic": "true"} if how.deterministic else {}) for arm, how in arms.items()}
+    enter = {arm: functools.partial(fix_order, how) for arm, how in arms.items()}
+    for arm in reversed(arms):  # cuBLAS takes its workspace once
+        enter[arm]()
+        rows.add("kdclimb", cases[arm], compile_s=warm_up(trainer))
     graphs = compiled_graphs()
-    peak = next((v for name, v in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None)
+    peak = next((v for name, v in PEAK_TFLOPS.items() if name in rows.fixed["device"]), None)
     for stage, tokens in enumerate(config.schedule.batch_tokens):
-        times, peaks = measure(trainer, first_step(config.schedule, stage), {"ce": lambda: None}, args.rounds)
-        metrics = {"ms": times["ce"], "tokens_per_s": 1e3 * tokens / times["ce"]}
-        if peak:
-            metrics["mfu"] = tokens * trainer.flops_per_token()[0] / (times["ce"] * 1e9 * peak)
-        rows.add("kdclimb", case | {"stage": stage + 1}, **metrics, peak_gib=peaks["ce"])
+        times, peaks = measure(trainer, first_step(config.schedule, stage), enter, args.rounds)
+        for arm, ms in times.items():
+            metrics = {"ms": ms, "tokens_per_s": 1e3 * tokens / ms}
+            if peak:
+                metrics["mfu"] = tokens * trainer.flops_per_token()[0] / (ms * 1e9 * peak)
+            if arm in peaks:
+                metrics["peak_gib"] = peaks[arm]
+            if arm != "ce":
+                metrics["ratio_to_ce"] = ms / times["ce"]
+            rows.add("kdclimb", cases[arm] | {"stage": stage + 1}, **metrics)
     print(f"graphs made after the warm-up: {compiled_graphs() - graphs}")
     rows.write(args.out / "train_step.csv")
+
+
+def warm_up(trainer: Trainer) -> float:
+    """Seconds of the first steps, in which every graph is made."""
+    begun = time.perf_counter()
+    for _ in range(max(2, trainer.config.optim.adam.every)):
+        trainer.train_step()
+    synchronize()
+    return time.perf_counter() - begun
 
 
 if __name__ == "__main__":

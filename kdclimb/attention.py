@@ -95,13 +95,15 @@ def to_device(values: Tensor, device: torch.device | str) -> Tensor:
     return values.to(device)
 
 
-def choose_backend(config: AttentionConfig, device: str) -> str:
+def choose_backend(config: AttentionConfig, device: str, deterministic: bool = False) -> str:
     """The backend that `config` asks for; for "auto" the fastest that this machine has for `device`.
+
+    `deterministic`: one that also goes back in a fixed order, under torch.use_deterministic_algorithms.
 
     ConfigError: it can't run here, or `require_flash_attn` is set and none of flash-attn's can, or one is installed but
     broken, which "auto" does not pass over in silence.
     """
-    reasons = {name: why_not(name, device) for name in (*MODULES, "torch_varlen", "reference")}
+    reasons = {name: why_not(name, device, deterministic) for name in (*MODULES, "torch_varlen", "reference")}
     here = [name for name, reason in reasons.items() if reason is None]
     if config.backend != "auto":
         reason = reasons[config.backend]
@@ -117,8 +119,8 @@ def choose_backend(config: AttentionConfig, device: str) -> str:
     return here[0]
 
 
-def why_not(backend: str, device: str) -> str | None:
-    """What keeps a backend from running on `device` here, or None."""
+def why_not(backend: str, device: str, deterministic: bool = False) -> str | None:
+    """What keeps a backend from running on `device` here, going back in a fixed order if `deterministic`, or None."""
     if backend == "reference":
         return None
     if device != "cuda":
@@ -129,6 +131,8 @@ def why_not(backend: str, device: str) -> str | None:
     major = torch.cuda.get_device_capability()[0]
     if major not in capabilities:
         return f"it is not for GPUs of compute capability {major}.x"
+    if deterministic and (backend, major) == ("flash_attn_4", 12):  # it asserts so itself
+        return "it has no fixed order going back on compute capability 12.x, which train.deterministic asks for"
     try:
         importlib.import_module(module)
         _flash(backend)
@@ -268,7 +272,8 @@ def _flash_attn_4(run_forward, run_backward):
         return out, log_norm
 
     def backward(grad, q, k, v, out, log_norm, *how):
-        return run_backward(q, k, v, out, grad, log_norm, **options(*how))
+        fixed = torch.are_deterministic_algorithms_enabled()
+        return run_backward(q, k, v, out, grad, log_norm, deterministic=fixed, **options(*how))
 
     return forward, backward
 
@@ -295,7 +300,8 @@ def _flash_attn_2(run_forward, run_backward):
 
     def backward(grad, q, k, v, out, log_norm, *how):
         grads = [torch.empty_like(t) for t in (q, k, v)]
-        run_backward(grad, q, k, v, out, log_norm, *grads, deterministic=False, **options(*how))
+        fixed = torch.are_deterministic_algorithms_enabled()
+        run_backward(grad, q, k, v, out, log_norm, *grads, deterministic=fixed, **options(*how))
         return tuple(grads)
 
     return forward, backward

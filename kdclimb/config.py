@@ -23,12 +23,13 @@ class ConfigError(ValueError):
 def build(cls, values: dict, where: str = ""):
     """Make the frozen dataclass `cls` from a plain dict, recursively.
 
-    Raises ConfigError for an unknown or missing key and for a value of the wrong type, named by its
+    Raises ConfigError for an unknown key, a missing one that has no default, and a value of the wrong type, named by its
     dotted path. Ints are taken where floats are asked for; nothing else is converted.
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{where or cls.__name__}: {values!r} is not a mapping of keys to values")
     hints = typing.get_type_hints(cls)
+    values = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING} | values
     for key in values:
         if key not in hints:
             raise ConfigError(f"{_dotted(where, key)}: unknown key; allowed here: {', '.join(sorted(hints))}")
@@ -433,9 +434,12 @@ class RunConfig:
     clock: str  # measured or modelled
     modelled_tflops: float  # speed that the modelled clock charges; 0 under the measured clock
     anchor_steps: int  # of the anchor before and after the run; 0 for none, as under the modelled clock
+    deterministic: bool = False  # on a GPU, where it takes time; a CPU's runs are in any case
 
     def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
+        """Without `deterministic` where it is false: runs from before it keep their ids."""
+        values = dataclasses.asdict(self)
+        return values if self.deterministic else {k: v for k, v in values.items() if k != "deterministic"}
 
     def canonical(self) -> str:
         """The JSON text that the id is a hash of: sorted keys, no NaN, floats in repr form."""

@@ -216,6 +216,7 @@ class Expansion:
             label_smoothing=label_smoothing,
             seed=seed,
             anchor_steps=campaign.anchor.steps if campaign.budget.clock == "measured" else 0,
+            deterministic=train.deterministic and campaign.device == "cuda",
             **self.shared(),
         )
         return Run(arm, label, config)

@@ -105,6 +105,8 @@ def allowed(spec: dict) -> str:
         return "one of " + ", ".join(map(str, spec["enum"]))
     if spec["type"] == "array":
         return _allowed_list(spec)
+    if spec["type"] == ["array", "null"]:
+        return f"null, or {_allowed_list(spec)}"
     types = spec["type"] if isinstance(spec["type"], list) else [spec["type"]]
     kind = " or ".join(KINDS.get(name, name) for name in types)
     limits = {

@@ -22,7 +22,7 @@ from kdclimb.attention import choose_backend
 from kdclimb.config import RunConfig
 from kdclimb.data import Dataset
 from kdclimb.provenance import device_kind
-from kdclimb.train import Trainer
+from kdclimb.train import Trainer, fix_order
 
 PARTS = ("data", "teacher", "student", "loss", "backward", "optimiser", "other")
 COLUMNS = (
@@ -65,7 +65,8 @@ def profile(config: RunConfig, dataset: Dataset, teacher: Path | None, cache: Pa
 
     The warm-up is the run's own. KD stops where it would in the run; validations are left out.
     """
-    trainer = Trainer(config, dataset, teacher, choose_backend(config.attention, config.device), cache)
+    backend = choose_backend(config.attention, config.device, config.deterministic)
+    trainer = Trainer(config, dataset, teacher, backend, cache)
     trainer.warm_up()
     regions = trainer.region = Regions(config.device)
     times, peaks = defaultdict(list), {}
@@ -99,7 +100,7 @@ def write(runs: list[tuple[str, RunConfig, Path | None, Path | None]], manifest:
     torch.set_num_threads(threads)
     dataset, rows = Dataset(manifest), []
     for label, config, teacher, cache in runs:
-        torch.use_deterministic_algorithms(config.device == "cpu")  # as the timed run
+        fix_order(config)  # as the timed run
         device = device_kind(config.device)
         with DeviceLease(device) as lease:
             times, peaks = profile(config, dataset, teacher, cache)

@@ -27,7 +27,7 @@ from kdclimb.data import Dataset
 from kdclimb.lease import Lease, slurm_job, status_of
 from kdclimb.provenance import device_identity, device_kind, source_hash, versions
 from kdclimb.teacher import checkpoint_facts, read_description, save_checkpoint
-from kdclimb.train import Diverged, Interrupted, Trainer
+from kdclimb.train import Diverged, Interrupted, Trainer, fix_order
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: start it again and it goes on
 ENTRY = "workflow/scripts/train.py"
@@ -77,8 +77,7 @@ def run(
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda is asked for, but torch finds no CUDA GPU here; allowed: auto, cpu")
     torch.set_num_threads(threads)
-    # On CUDA the flash-attention backward sums in any order; there bytes may differ between runs.
-    torch.use_deterministic_algorithms(config.device == "cpu")
+    fix_order(config)
     folder = RunFolder(out)
     with folder.lock():
         _refuse_other_config(out, config)
@@ -137,7 +136,7 @@ class _Attempt:
         self.config, self.folder, self.dataset, self.inputs, self.policy = config, folder, dataset, inputs, policy
         self.key, self.threads = key, threads
         self.anchor: list[float] = []  # ms of a step before and after
-        self.backend = choose_backend(config.attention, config.device)
+        self.backend = choose_backend(config.attention, config.device, config.deterministic)
         self.started = datetime.now(UTC)
         self.trainer: Trainer | None = None
 

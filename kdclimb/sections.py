@@ -100,6 +100,7 @@ class TrainSection:
     final_windows: tuple[int, ...]
     mtp_weights: tuple[tuple[float, ...], ...]
     head_dtype: str
+    deterministic: bool
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -36,6 +37,18 @@ from kdclimb.teacher import checkpoint_facts, grow, load_teacher, random_teacher
 WARMUP_STEPS = 2
 CHECKPOINT_PAUSE = 10.0  # checkpoints lie so many times as far apart as one takes: seconds for a large model
 SHARE_EVERY = 10  # steps between two measurements of kd_share, which takes a little more than the loss alone
+
+
+def fix_order(config: RunConfig) -> None:
+    """Have this process sum in a fixed order: on a CPU always, on a GPU where the run asks for it.
+
+    torch's operators do then, or raise, and our own ask torch. To be called before the process first uses the GPU.
+    """
+    on_cpu = config.device == "cpu"
+    torch.use_deterministic_algorithms(on_cpu or config.deterministic)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one of the two that torch accepts then
+    torch.utils.deterministic.fill_uninitialized_memory = on_cpu  # no order's part, and a GPU's logits are gigabytes
 
 
 def compiled_graphs() -> int:

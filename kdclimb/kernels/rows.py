@@ -14,9 +14,11 @@ if triton is not None:
 def add_rows(table: Tensor, rows: Tensor, grad: Tensor) -> None:
     """table[rows[t]] += grad[t], in place: table (V, d), rows (T,) int64, grad (T, d) of any float dtype.
 
-    On a GPU rows that meet are added in no fixed order, as torch's index_add_ does there too.
+    On a GPU rows that meet are added in no fixed order, but for torch.use_deterministic_algorithms, under which torch's
+    index_add_ sorts them.
     """
-    if triton is not None and grad.is_cuda and table.dtype == torch.float32 and table.is_contiguous():
+    fixed = torch.are_deterministic_algorithms_enabled()
+    if triton is not None and not fixed and grad.is_cuda and table.dtype == torch.float32 and table.is_contiguous():
         _launch(table, rows, grad)
     else:
         table.index_add_(0, rows, grad.to(table.dtype))

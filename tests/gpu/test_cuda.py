@@ -38,7 +38,7 @@ from kdclimb.model import GPT
 from kdclimb.optim import Optimizers
 from kdclimb.prepare import prepare
 from kdclimb.run import run
-from kdclimb.teacher import in_dtype, load_teacher
+from kdclimb.teacher import in_dtype, load_teacher, read_description
 from kdclimb.train import compiled_graphs
 
 pytestmark = pytest.mark.gpu
@@ -446,6 +446,43 @@ def test_ce_teacher_and_kd_run_on_the_gpu(manifest, tmp_path):
     assert shares and all(0.05 < share < 0.95 for share in shares)
     print("\nCE", {k: summary[k] for k in ("final_val", "step_ms_median", "peak_alloc_gib", "mfu")})
     print("KD", {k: kd_summary[k] for k in ("final_val", "step_ms_median", "peak_alloc_gib", "kd_stop_step")})
+
+
+@pytest.fixture
+def any_order_afterwards():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_runs_are_equal_to_the_bit(backend, manifest, tmp_path, any_order_afterwards):
+    torch.compiler.reset()
+    attention_config = AttentionConfig(backend, False)
+    plain = dataclasses.replace(config(horizon=6), deterministic=True, attention=attention_config)
+    teacher, *_ = train(dataclasses.replace(plain, model=config(num_layers=1, num_heads=2).model), manifest, tmp_path)
+    student = dataclasses.replace(plain, kd=kd_config(teacher.name, stop_mode="none"))
+    seen = []
+    for folder in ("first", "second"):
+        out, status, _, vals = train(student, manifest, tmp_path / folder, teacher / "checkpoints")
+        assert (status["attention"], status["recompiles"]) == (backend, 0)
+        with (out / "steps.csv").open() as file:
+            rows = [*csv.DictReader(file), *vals]
+        for row in rows:
+            del row["train_time_ms"]
+        seen.append((read_description(out / "checkpoints")["weights_sha256"], rows))
+    assert seen[0] == seen[1]
+
+
+def test_rows_are_added_in_a_fixed_order(any_order_afterwards):
+    torch.manual_seed(0)
+    grad, places = torch.randn(20000, 768, device="cuda").bfloat16(), torch.randint(0, 30, (20000,), device="cuda")
+    truth = torch.zeros(30, 768, device="cuda", dtype=torch.float64).index_add_(0, places, grad.double())
+    plain = torch.zeros(30, 768, device="cuda").index_add_(0, places, grad.float())
+    torch.use_deterministic_algorithms(True)
+    found = [torch.zeros(30, 768, device="cuda") for _ in range(3)]
+    for table in found:
+        add_rows(table, places, grad)
+    assert error(found[0], truth) <= 3 * error(plain, truth)
+    assert all(torch.equal(table, found[0]) for table in found)
 
 
 def test_an_n_gram_teacher_is_counted_as_on_the_cpu_and_looked_up_without_a_wait(manifest, tmp_path):

@@ -8,9 +8,9 @@ from kdclimb.explain import read_config
 
 SHARED = (  # what no run is without: shapes, lengths, rates; and what the regime leaves at its default
     "student.num_layers", "student.num_heads", "student.head_dim", "student.attention_scale", "train.horizons",
-    "train.seeds", "train.micro_batch_tokens", "train.lr_floor", "train.lr_table", "train.head_dtype", "optim.muon.lr",
-    "optim.muon.momentum", "optim.muon.momentum_warmup", "optim.muon.momentum_cooldown",
-    "optim.muon.momentum_ramp_frac", "optim.muon.beta2", "optim.adam.lr",
+    "train.seeds", "train.micro_batch_tokens", "train.lr_floor", "train.lr_table", "train.head_dtype",
+    "train.deterministic", "optim.muon.lr", "optim.muon.momentum", "optim.muon.momentum_warmup",
+    "optim.muon.momentum_cooldown", "optim.muon.momentum_ramp_frac", "optim.muon.beta2", "optim.adam.lr",
 )  # fmt: skip
 
 

@@ -72,6 +72,32 @@ def test_a_broken_package_is_told_and_not_passed_over(gpu, text, said):
     assert choose_backend(AttentionConfig("torch_varlen", False), "cuda") == "torch_varlen"  # asked for by its name
 
 
+def test_one_that_has_no_fixed_order_is_told_where_one_is_asked_for(gpu):
+    text = "def _flash_attn_fwd(): pass\ndef _flash_attn_bwd(): pass\n"
+    gpu(12, flash_attn__cute__interface=text)
+    named = AttentionConfig("flash_attn_4", False)
+    assert choose_backend(named, "cuda") == choose_backend(AUTO, "cuda") == "flash_attn_4"
+    assert choose_backend(AUTO, "cuda", deterministic=True) == "torch_varlen"
+    with pytest.raises(ConfigError, match=r"attention\.backend: 'flash_attn_4'.* which train\.deterministic asks for"):
+        choose_backend(named, "cuda", deterministic=True)
+    gpu(9)
+    assert choose_backend(AUTO, "cuda", deterministic=True) == "flash_attn_4"
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.parametrize("package", [attention._flash_attn_2, attention._flash_attn_4])
+def test_the_way_back_is_in_a_fixed_order_where_torch_is_asked_for_one(package, fixed):
+    asked = []
+    _, backward = package(None, lambda *args, deterministic, **options: asked.append(deterministic))
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(fixed)
+    try:
+        backward(*torch.ones(6, 2, 2, 8), torch.tensor([0, 2]), 2, 1, 1.0)
+    finally:
+        torch.use_deterministic_algorithms(was)
+    assert asked == [fixed]
+
+
 def test_a_whole_package_is_chosen(gpu):
     names = ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward")
     gpu(8, flash_attn__flash_attn_interface="".join(f"def {name}(): pass\n" for name in names))

@@ -101,6 +101,19 @@ def test_run_config_survives_json_and_its_id_depends_on_every_field(tiny_runs):
         seen.add(changed.run_id)
 
 
+def test_a_fixed_order_is_another_run_on_a_gpu_alone():
+    def first(device, deterministic):
+        values = merged("tests/tiny.yaml", {"device": device, "train": {"deterministic": deterministic}})
+        return expansion.expand(campaign.load(values, ROOT), {})[0].config
+
+    default, fixed = first("cuda", False), first("cuda", True)
+    assert "deterministic" not in default.to_dict() and fixed.deterministic
+    for config in (default, fixed):
+        assert RunConfig.from_dict(config.to_dict()) == config
+    assert default.run_id != fixed.run_id
+    assert first("cpu", False) == first("cpu", True)
+
+
 def _each_field_changed(value, path=""):
     for field in dataclasses.fields(value):
         old, name = getattr(value, field.name), f"{path}.{field.name}"

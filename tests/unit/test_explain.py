@@ -75,7 +75,7 @@ def test_tables_have_as_many_cells_in_each_row():
         ("train.seeds", "list, 1 or more, all different, each: integer, at least 0 | | `[0, 1, 2]` | | Seeds of"),
         (
             "student.softcap",
-            "list, exactly 3, each: number | logits | `[23.0, 5.0, 7.5]` | | [a, b, c] of logits = a\\*s",
+            "null, or list, exactly 3, each: number | logits | `[23.0, 5.0, 7.5]` | | [a, b, c] of logits = a\\*s",
         ),
         ("budget.clock", "one of measured, modelled | | `measured` | | measured is"),
         (
