@@ -4,8 +4,13 @@ python benchmarks/train_step.py --configfile config/seed155.yaml --out results/b
 
 The student, schedule and optimisers are the config's. `compile_s` is all of the warm-up: every graph that the clock
 will see, from an empty cache unless TORCHINDUCTOR_CACHE_DIR holds one. Steps take the learning rate, windows and labels
-of their stage's start. With --deterministic steps under train.deterministic take turns with the others, both with
-cuBLAS's workspace of the former.
+of their stage's start.
+
+With --peer-dir another trainer is timed beside ours, in processes of its own between our rounds: DIR/bench.py, a script
+in the speedrun's form, which takes RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and DATA_PATH (DIR, unless it
+is set) from the environment and prints lines of `step:N/M` and `train_time:Tms`. Stages are equal parts of its own M
+steps. `drift` is our last block of rounds over our first. With --deterministic steps under train.deterministic take
+turns with the others, both with cuBLAS's workspace of the former.
 """
 
 from __future__ import annotations
@@ -13,7 +18,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,11 +34,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import Rows
 from kdclimb import campaign, expansion, schedule, sections
-from kdclimb.artifacts import seal, sha256, write_json
+from kdclimb.artifacts import last_lines, seal, sha256, write_json
 from kdclimb.attention import choose_backend
 from kdclimb.config import ATTENTION_BACKENDS, AttentionConfig, RunConfig, ScheduleConfig
 from kdclimb.data import Dataset
 from kdclimb.explain import read_config
+from kdclimb.logs import read_log, stage_times
 from kdclimb.run import PEAK_TFLOPS
 from kdclimb.shards import write_shard
 from kdclimb.train import SHARE_EVERY, Trainer, compiled_graphs, fix_order
@@ -102,10 +110,12 @@ def measure(
                 times[arm].append(1e3 * (time.perf_counter() - start))
             if i and on_gpu:
                 peaks[arm] = max(peaks.get(arm, 0.0), torch.cuda.max_memory_allocated() / 2**30)
-    medians = {
-        arm: statistics.fmean([statistics.median(ms[0::2]), statistics.median(ms[1::2])]) for arm, ms in times.items()
-    }
-    return medians, peaks
+    return {arm: typical(ms) for arm, ms in times.items()}, peaks
+
+
+def typical(times: list[float]) -> float:
+    """The mean of the medians of every second step and of the others, as Adam steps in the former alone."""
+    return statistics.fmean([statistics.median(part) for part in (times[0::2], times[1::2]) if part])
 
 
 def main() -> None:
@@ -116,12 +126,16 @@ def main() -> None:
     parser.add_argument("--head-dtype", choices=("same", "fp8"), help="instead of the config's")
     parser.add_argument("--attention", choices=ATTENTION_BACKENDS, default="auto")
     parser.add_argument("--micro-batch", type=int, help="tokens, instead of the config's")
+    parser.add_argument("--peer-dir", type=Path, metavar="DIR", help="a trainer to run beside: DIR/bench.py")
+    parser.add_argument("--peer-runs", type=int, default=1, help="of it, each between two blocks of our rounds")
     parser.add_argument("--deterministic", action="store_true", help="also what train.deterministic costs")
     parser.add_argument("--commit", help="for the CSV, where there is no git")
     parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder of train_step.csv")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("an NVIDIA GPU is needed: on a CPU these times mean nothing")
+    if args.peer_dir and not (args.peer_dir / "bench.py").is_file():
+        parser.error(f"--peer-dir {args.peer_dir}: there is no bench.py in it")
     config, _ = student(args.configfile, args.horizon)
     if args.head_dtype:
         config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, head_dtype=args.head_dtype))
@@ -148,19 +162,74 @@ def run(config: RunConfig, dataset: Dataset, args: argparse.Namespace) -> None:
         rows.add("kdclimb", cases[arm], compile_s=warm_up(trainer))
     graphs = compiled_graphs()
     peak = next((v for name, v in PEAK_TFLOPS.items() if name in rows.fixed["device"]), None)
+    blocks, theirs = beside(trainer, enter, args)
     for stage, tokens in enumerate(config.schedule.batch_tokens):
-        times, peaks = measure(trainer, first_step(config.schedule, stage), enter, args.rounds)
+        place = {"stage": stage + 1}
+        times = {arm: statistics.fmean(medians[stage][arm] for medians, _ in blocks) for arm in arms}
         for arm, ms in times.items():
             metrics = {"ms": ms, "tokens_per_s": 1e3 * tokens / ms}
             if peak:
                 metrics["mfu"] = tokens * trainer.flops_per_token()[0] / (ms * 1e9 * peak)
-            if arm in peaks:
-                metrics["peak_gib"] = peaks[arm]
+            if config.device == "cuda":
+                metrics["peak_gib"] = max(peaks[stage][arm] for _, peaks in blocks)
             if arm != "ce":
                 metrics["ratio_to_ce"] = ms / times["ce"]
-            rows.add("kdclimb", cases[arm] | {"stage": stage + 1}, **metrics)
+            if theirs:
+                metrics["drift"] = blocks[-1][0][stage][arm] / blocks[0][0][stage][arm]
+            rows.add("kdclimb", cases[arm] | place, **metrics)
+        if theirs:
+            peer, ms = args.peer_dir.name, statistics.fmean(medians[stage] for medians in theirs)
+            rows.add(f"peer {peer}", place, ms=ms)
+            rows.add("kdclimb", case | place | {"peer": peer}, ratio_to_peer=times["ce"] / ms)
     print(f"graphs made after the warm-up: {compiled_graphs() - graphs}")
     rows.write(args.out / "train_step.csv")
+
+
+def beside(trainer: Trainer, enter: dict[str, Callable[[], None]], args: argparse.Namespace) -> tuple[list, list]:
+    """(`measure`'s medians and peaks, by stage, of each block of our rounds; the medians by stage of each peer's run).
+
+    Blocks and runs take turns, beginning and ending with ours; without a peer there is one block.
+    """
+    stages = len(trainer.config.schedule.batch_tokens)
+    firsts = [first_step(trainer.config.schedule, stage) for stage in range(stages)]
+
+    def block() -> tuple:
+        return tuple(zip(*(measure(trainer, first, enter, args.rounds) for first in firsts), strict=True))
+
+    blocks, theirs = [block()], []
+    for _ in range(args.peer_runs if args.peer_dir else 0):
+        theirs.append([typical(times) for times in peer_times(args.peer_dir, stages)])
+        blocks.append(block())
+    return blocks, theirs
+
+
+def peer_times(folder: Path, stages: int) -> list[list[float]]:
+    """Milliseconds of a peer's steps, by stage. SystemExit: it failed, or says no times of a stage."""
+    folder = folder.resolve()
+    fixed = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # it needs room of its own
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "bench.txt"
+        with path.open("w") as out:
+            done = subprocess.run(
+                [sys.executable, "bench.py"],
+                cwd=folder,
+                env={"DATA_PATH": str(folder)} | os.environ | fixed,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+        said = f"--peer-dir {folder}: bench.py ended with exit code {done.returncode}\n{last_lines(path)}"
+        if done.returncode:
+            raise SystemExit(said)
+        try:
+            log = read_log(path)
+        except ValueError as error:
+            raise SystemExit(f"{said}\n{error}") from error
+    times = stage_times(log, stages) if log.total else [[]]
+    if not all(times):
+        raise SystemExit(f"{said}\nno lines like 'step:1/36 train_time:300ms' of each of {stages} equal stages")
+    return times
 
 
 def warm_up(trainer: Trainer) -> float:

@@ -23,7 +23,7 @@ class ConfigError(ValueError):
 def build(cls, values: dict, where: str = ""):
     """Make the frozen dataclass `cls` from a plain dict, recursively.
 
-    Raises ConfigError for an unknown key, a missing one that has no default, and a value of the wrong type, named by its
+    Raises ConfigError for an unknown key, a missing one without a default, and a value of the wrong type, named by its
     dotted path. Ints are taken where floats are asked for; nothing else is converted.
     """
     if not isinstance(values, dict):

@@ -167,6 +167,20 @@ def step_times(log: Log) -> list[float]:
     return steps[WARMUP_STEPS:]
 
 
+def stage_times(log: Log, stages: int) -> list[list[float]]:
+    """Milliseconds of a step in each of the equal stages of the log's schedule, in the order of its steps.
+
+    Between two logged times that lie some steps apart it is the mean; one from two stages belongs to neither.
+    """
+    ends = {row["step"]: row["train_time_ms"] for row in (*log.vals, *log.steps) if row["train_time_ms"] is not None}
+    times: list[list[float]] = [[] for _ in range(stages)]
+    for before, after in pairwise(sorted(ends)):
+        first, last = (step * stages // log.total for step in (before, after - 1))
+        if first == last < stages:
+            times[first].append((ends[after] - ends[before]) / (after - before))
+    return times
+
+
 def log_config(log: Log) -> LogConfig:
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", log.path.stem).strip("-.") or "log"
     return LogConfig(log.path.name, log.sha256, name, log.total or log.last, "kd" if log.kd else "ce")
