@@ -11,7 +11,6 @@ one device and one state of the code alone.
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import json
 import math
@@ -24,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.common import read_rows
 from benchmarks.pilot import CONFIGS, ROOT, prepared
 from kdclimb import campaign, expansion
 from kdclimb.artifacts import write_csv
@@ -140,7 +140,7 @@ def ablate(values: dict, parts: list[str], seeds: list[int], out: Path, seconds:
     begun, longest = time.perf_counter(), 0.0
     loaded = campaign.load(values, ROOT)
     data = campaign.data_id(loaded, ROOT)
-    rows = read(out) if out.is_file() else []
+    rows = read_rows(out)
     there = {row["run_id"] for row in rows}
     todo = [(seed, part, ce(without(values, part), seed, data)) for seed in seeds for part in parts]
     todo = [(seed, part, config) for seed, part, config in todo if config.run_id not in there]
@@ -158,11 +158,6 @@ def ablate(values: dict, parts: list[str], seeds: list[int], out: Path, seconds:
         free()
         longest = max(longest, time.perf_counter() - started)
     return True
-
-
-def read(path: Path) -> list[dict]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return [dict(row) for row in csv.DictReader(file)]
 
 
 def table(rows: list[dict]) -> str:
@@ -205,8 +200,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/ablation.csv"))
     parser.add_argument("--table", type=Path, nargs="+", metavar="CSV", help="print the table of these files' runs")
     args = parser.parse_args()
+    for path in args.table or ():
+        if not path.is_file():
+            parser.error(f"--table {path}: no such file")
     if args.table:
-        print(table([row for path in args.table for row in read(path)]))
+        print(table([row for path in args.table for row in read_rows(path)]))
         return
     values = read_config(args.configfile)
     values["device"] = args.device or values["device"]

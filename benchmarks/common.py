@@ -49,6 +49,14 @@ class Rows:
             writer.writerows(self.rows)
 
 
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a CSV, all cells text; none where there is no such file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def _triton_version() -> str:
     try:
         import triton

@@ -13,7 +13,6 @@ within one block alone.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import gc
 import json
@@ -27,6 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.common import read_rows
 from kdclimb import campaign, count_ngrams, expansion
 from kdclimb.artifacts import write_csv, write_json
 from kdclimb.config import BoostConfig, RunConfig
@@ -136,8 +136,8 @@ class Run:
         self.arm, self.seed, self.run_id = arm, seed, folder.name
         self.config = json.loads((folder / "config.json").read_text())
         self.status = json.loads((folder / "status.json").read_text())["status"]
-        (self.summary,) = _rows(folder / "summary.csv")
-        self.steps, self.vals = _rows(folder / "steps.csv"), _rows(folder / "val.csv")
+        (self.summary,) = read_rows(folder / "summary.csv")
+        self.steps, self.vals = read_rows(folder / "steps.csv"), read_rows(folder / "val.csv")
         ends = [0.0, *(float(row["train_time_ms"]) for row in self.steps)]
         self.step_ms = [after - before for before, after in zip(ends, ends[1:])]
 
@@ -158,13 +158,6 @@ class Run:
             keys = ("step", "tokens", "train_time_ms")
             return {k: float(before[k]) + share * (float(after[k]) - float(before[k])) for k in keys}
         return None
-
-
-def _rows(path: Path) -> list[dict]:
-    if not path.is_file():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 def tables(out: Path) -> None:

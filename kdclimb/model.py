@@ -24,10 +24,7 @@ from kdclimb.kernels.mlp import has_tma, relu2_mlp
 from kdclimb.kernels.rows import add_rows
 
 ROTARY_BASE = 1024.0  # this and all below are the speedrun's
-YARN_ROTATIONS = (
-    1.0,
-    32.0,
-)  # frequencies that turn less often in a window are stretched, those that turn more are kept
+YARN_ROTATIONS = (1.0, 32.0)  # in a window: frequencies that turn less often are stretched, those that turn more kept
 GATE_INPUTS = 12  # a gate looks at so many dimensions of the hidden state
 VALUE_STD = 0.01  # of value embeddings that start at random
 RESIDUAL, BIGRAM, QKV, BACKOUT, SKIP = 1.1, 0.1, 0.5, 0.5, -1.5  # where learned factors start

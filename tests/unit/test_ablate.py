@@ -4,6 +4,7 @@ import pytest
 from configs import merged
 
 from benchmarks import ablate
+from benchmarks.common import read_rows
 from kdclimb.explain import read_config
 
 SHARED = (  # what no run is without: shapes, lengths, rates; and what the regime leaves at its default
@@ -47,12 +48,12 @@ def tiny_values(monkeypatch, manifest):
 def test_it_goes_on_with_what_is_missing(tiny_values, tmp_path, capsys):
     out = tmp_path / "ablation.csv"
     assert not ablate.ablate(tiny_values, [ablate.ALL, "smear"], [0], out, seconds=0.0)
-    rows = ablate.read(out)
+    rows = read_rows(out)
     assert [(row["part"], row["step"]) for row in rows] == [(ablate.ALL, step) for step in ("0", "25", "50")]
     assert "1 runs are left, the next one without smear" in capsys.readouterr().out
     assert ablate.ablate(tiny_values, [ablate.ALL, "smear"], [0], out, seconds=60.0)
-    assert ablate.read(out)[:3] == rows
-    assert [row["keys"] for row in ablate.read(out)[3:]] == ["student.smear=false"] * 3
+    assert read_rows(out)[:3] == rows
+    assert [row["keys"] for row in read_rows(out)[3:]] == ["student.smear=false"] * 3
     before = out.stat().st_mtime_ns
     assert ablate.ablate(tiny_values, [ablate.ALL, "smear"], [0], out, seconds=0.0)
     assert out.stat().st_mtime_ns == before
@@ -63,7 +64,7 @@ def test_a_run_that_diverges_is_a_row(tiny_values, tmp_path, monkeypatch):
     monkeypatch.setitem(ablate.PARTS, "smear", huge)
     out = tmp_path / "ablation.csv"
     assert ablate.ablate(tiny_values, ["smear"], [0], out, seconds=60.0)
-    assert ablate.read(out)[-1]["val_loss"] == "nan"
+    assert read_rows(out)[-1]["val_loss"] == "nan"
 
 
 def test_the_table_pairs_seeds(tmp_path):

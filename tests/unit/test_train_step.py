@@ -1,12 +1,12 @@
 """benchmarks/train_step.py on a CPU: the rows of its arms, and a peer's trainer beside ours."""
 
 import argparse
-import csv
 
 import pytest
 from configs import ROOT
 
 from benchmarks import train_step
+from benchmarks.common import read_rows
 
 PEER = """import os
 assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["DATA_PATH"]) == ("0", "1", os.getcwd())
@@ -30,8 +30,8 @@ def rows(tmp_path_factory):
     args = argparse.Namespace(attention="auto", commit="none", deterministic=True, out=folder, rounds=2)
     args.peer_dir, args.peer_runs = peer(folder / "peer", PEER), 2
     train_step.run(config, train_step.synthetic(folder, 200_000, config.data.vocab_size - 48), args)
-    with (folder / "train_step.csv").open() as file:
-        return {(row["arm"], row["case"], row["metric"]): float(row["value"]) for row in csv.DictReader(file)}
+    written = read_rows(folder / "train_step.csv")
+    return {(row["arm"], row["case"], row["metric"]): float(row["value"]) for row in written}
 
 
 def test_both_trainers_and_their_ratio_are_rows(rows):
