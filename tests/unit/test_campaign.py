@@ -30,11 +30,11 @@ def arms(runs):
 
 def test_default_campaign_has_the_runs_it_should_and_at_most_55():
     config = campaign.load(merged({"device": "cpu"}), ROOT)
-    assert arms(expansion.expand(config, {})) == {"ce": 10, "ce_screen": 4, "probe": 6}
+    assert arms(expansion.expand(config, {})) == {"ce": 10, "ce_screen": 4, "probe": 5}
     runs = expand_all(config)
     assert len({run.run_id for run in runs}) <= 55
     controls = {"control_boost": 3, "control_random": 1, "control_tuned": 3, "control_smooth": 3, "control_extra": 3}
-    expected = {"ce": 10, "ce_screen": 4, "probe": 6, "teacher": 6, "isolate": 4, "screen": 4, "kd": 9}
+    expected = {"ce": 10, "ce_screen": 4, "probe": 5, "teacher": 5, "isolate": 4, "screen": 4, "kd": 9}
     assert arms(runs) == expected | controls
 
 
@@ -125,7 +125,7 @@ def test_what_the_screen_chose_is_judged_with_other_seeds(tiny_runs):
 
 
 def test_a_grown_student_needs_candidates_that_fit_into_it():
-    with pytest.raises(ConfigError, match="controls.growth: True is not allowed.*L1-H2-D32-40 is none"):
+    with pytest.raises(ConfigError, match="controls.growth: True is not allowed.*L1-H2-D32-26 is none"):
         campaign.load(merged({"device": "cpu", "controls": {"growth": True}}), ROOT)
     shapes = [{"num_layers": 1, "num_heads": 4, "head_dim": 32, "steps": 50}]
     overlay = {"device": "cpu", "controls": {"growth": True}, "teacher": {"candidates": shapes}}
