@@ -48,7 +48,7 @@ from kdclimb.train import Trainer, compiled_graphs
 
 TOY_TEACHER = (1, 2, 32)
 TOP_K, SAMPLES = 64, 50  # entries of the sparse caches
-MARKS = {  # largest ratio to the CE step that docs/METHODS.md aims at: with a bf16, and with an fp8 head
+MARKS = {  # largest ratio to the CE step that is aimed at: with a bf16, and with an fp8 head
     "dense": (1.25, 1.20),
     "hidden": (1.16, 1.12),
     "top_k": (1.04, 1.04),
