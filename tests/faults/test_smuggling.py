@@ -5,6 +5,8 @@ import json
 import re
 import shlex
 import subprocess
+import sys
+import zipfile
 
 import pytest
 from configs import ROOT
@@ -61,3 +63,22 @@ def test_a_decision_names_a_run_and_nothing_else(run_id, tmp_path):
     (tmp_path / "teacher/selected.json").write_text(json.dumps({"run_id": run_id}))
     with pytest.raises(Damaged, match="selected.json"):
         read_decisions(tmp_path)
+
+
+def test_set_up_refuses_a_package_that_is_not_the_locked_one(tmp_path):
+    """A wheel of the right name and version, but of another content, where pip looks."""
+    line = re.search(r"^numpy==(\S+).*(?:\n .*)*", (ROOT / "envs/locked.txt").read_text(), flags=re.MULTILINE)
+    info = f"numpy-{line[1]}.dist-info"
+    with zipfile.ZipFile(tmp_path / f"numpy-{line[1]}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("numpy.py", "print('anything')")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: numpy\nVersion: {line[1]}\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    options = ["--isolated", "--no-index", f"--find-links={tmp_path}", "--dry-run", "--ignore-installed", "--no-deps"]
+    said = {}
+    for name, text in {"locked": line[0], "by name": line[0].split()[0]}.items():
+        (tmp_path / "wanted.txt").write_text(text)
+        command = [sys.executable, "-m", "pip", "install", *options, "-r", str(tmp_path / "wanted.txt")]
+        said[name] = subprocess.run(command, capture_output=True, text=True)
+    assert said["by name"].returncode == 0, said["by name"].stderr
+    assert said["locked"].returncode != 0 and "DO NOT MATCH THE HASHES" in said["locked"].stderr, said["locked"].stderr

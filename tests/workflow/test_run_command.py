@@ -325,12 +325,14 @@ def test_second_start_calls_no_pip(bare):
     for _ in range(2):
         assert bare.run()[0] == 0
     assert len(bare.calls("venv")) == 1
-    assert len(bare.calls("pip")) == 2  # torch, then the rest
+    torch, hashed, rest = bare.calls("pip")
+    assert " torch==" in torch and hashed.endswith("--require-hashes -r envs/locked.txt")
+    assert rest.endswith(" -r requirements.txt")  # what torch's build brings
 
 
 def test_tests_add_to_what_runs_need(project):
     assert project.run(script="test")[0] == 0
-    assert [call.split()[-1] for call in project.calls("pip")] == ["requirements-dev.txt"]
+    assert [call.split()[-3:] for call in project.calls("pip")] == [["--require-hashes", "-r", "envs/locked-dev.txt"]]
     assert project.calls("pytest") == ["pytest -m not gpu -n 2"]
     code, lines = project.run("-m", "gpu", "-x", script="test")
     assert code == 0
@@ -403,7 +405,7 @@ def test_started_together_they_set_up_once(bare):
     processes = [bare.start("-n"), bare.start(script="test"), bare.start("-n"), bare.start(script="test")]
     assert [process.wait(timeout=60) for process in processes] == [0, 0, 0, 0]
     assert len(bare.calls("venv")) == 1
-    assert len(bare.calls("pip")) == 3
+    assert len(bare.calls("pip")) == 4
 
 
 @pytest.mark.parametrize(
