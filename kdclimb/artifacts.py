@@ -23,6 +23,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from kdclimb.waiting import open_watched
+
 MADE_AT_THE_END = ("config.json", "steps.csv", "val.csv", "summary.csv", "val_loss.png", "step_time.png", "status.json")
 LOG = "train.log"  # which Snakemake empties before it starts a job again
 FILES = (*MADE_AT_THE_END, LOG)
@@ -98,7 +100,7 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_watched(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -4,6 +4,7 @@ import subprocess
 
 import pytest
 from configs import ROOT, merged
+from hanging import HangingMount
 from training import train
 
 from kdclimb import campaign, expansion
@@ -33,3 +34,22 @@ def small_disk(tmp_path):
         pytest.skip("a small file system can only be mounted by root")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture
+def hanging(tmp_path):
+    """hanging(name, content): a file on a mount that can be told not to answer; skipped where FUSE can't be mounted."""
+    mounts = []
+
+    def mount(name: str, content: bytes) -> HangingMount:
+        folder = tmp_path / "mount"
+        folder.mkdir()
+        try:
+            mounts.append(HangingMount(folder, name, content))
+        except OSError as error:
+            pytest.skip(str(error))
+        return mounts[-1]
+
+    yield mount
+    for found in mounts:
+        found.close()
