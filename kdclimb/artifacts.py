@@ -12,6 +12,7 @@ import csv
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -346,7 +347,17 @@ def plot_run(folder: Path, run_id: str, steps: list[dict], vals: list[dict]) -> 
     _plot(folder / "step_time.png", run_id, [row["step"] for row in steps], step_ms, "step time (ms)")
 
 
-def _plot(path: Path, title: str, x: list, y: list, label: str, marker: str | None = None) -> None:
+def rehearse_plots() -> None:
+    """Load and use what draws, so that a run for which memory gets too small can still write its result."""
+    _figure("", [], [], "").savefig(io.BytesIO(), format="png")
+
+
+def _plot(path: Path, *what, **style) -> None:
+    figure = _figure(*what, **style)
+    write_via(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png", metadata={"Software": None}))
+
+
+def _figure(title: str, x: list, y: list, label: str, marker: str | None = None):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -359,4 +370,4 @@ def _plot(path: Path, title: str, x: list, y: list, label: str, marker: str | No
         axes.plot(x, y, marker=marker, markersize=3)
     else:
         axes.text(0.5, 0.5, "no data", ha="center", transform=axes.transAxes)
-    write_via(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png", metadata={"Software": None}))
+    return figure

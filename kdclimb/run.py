@@ -20,7 +20,16 @@ import torch
 from tqdm import tqdm
 
 from kdclimb.anchor import anchor_ms
-from kdclimb.artifacts import Damaged, DeviceLease, RunFolder, last_lines, needs_room, write_json, write_tables
+from kdclimb.artifacts import (
+    Damaged,
+    DeviceLease,
+    RunFolder,
+    last_lines,
+    needs_room,
+    rehearse_plots,
+    write_json,
+    write_tables,
+)
 from kdclimb.attention import choose_backend
 from kdclimb.config import ConfigError, RunConfig, short_hash
 from kdclimb.data import Dataset
@@ -171,6 +180,7 @@ class _Attempt:
                 print(self._command(), file=log)
             job = f" (Slurm job {slurm_job()})" if slurm_job() else ""
             print(f"attempt {attempts}{job}: {json.dumps(self.key)} {json.dumps(versions())}", file=log, flush=True)
+            rehearse_plots()
             status, reason = self._train(_StopRequests(), progress)
             progress.report(f"{status}{': ' + reason if reason else ''}")
             progress.bar.close()

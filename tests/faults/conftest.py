@@ -1,6 +1,4 @@
-"""A run of the tiny campaign to damage, a disk that is full, and how long the long form goes on."""
-
-import subprocess
+"""A run of the tiny campaign to damage, and a mount that hangs."""
 
 import pytest
 from configs import ROOT, merged
@@ -22,18 +20,6 @@ def made(tmp_path_factory):
     manifest = results / "data" / data / "manifest.json"
     assert train(config, results / "runs" / config.run_id, manifest) == 0
     return results, manifest, config
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A folder on a file system of 256 KiB; skipped where it can't be mounted."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("a small file system can only be mounted by root")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.fixture

@@ -4,10 +4,13 @@ import dataclasses
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from configs import ROOT
 from training import train
 
 from kdclimb import artifacts
@@ -65,6 +68,33 @@ def test_a_full_disk_is_no_result_of_a_run(fails_at, number, made, tmp_path, mon
     assert train(config, out, manifest) == 0
     for name in ("steps.csv", "val.csv"):
         assert (out / name).read_bytes() == (results / "runs" / config.run_id / name).read_bytes()
+
+
+LIMITED = """
+import json, re, resource, sys
+from pathlib import Path
+from kdclimb.config import RunConfig
+from kdclimb.run import run
+size = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**28, -1))
+options = {"threads": 1, "any_code": False, "last_attempt": True}
+sys.exit(run(RunConfig.from_dict(json.loads(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3]), None, **options))
+"""
+
+
+def test_a_run_that_the_host_has_no_memory_for_is_a_result_that_names_the_key(made, tmp_path):
+    """By a limit of the process, which once left no room to draw the result in; the kernel gives no chance to."""
+    _, manifest, config = made
+    batch = 2**17
+    schedule = dataclasses.replace(config.schedule, micro_batch_tokens=batch, batch_tokens=(batch, batch))
+    config = dataclasses.replace(config, schedule=schedule)
+    out = tmp_path / config.run_id
+    command = [sys.executable, "-c", LIMITED, json.dumps(config.to_dict()), out, manifest]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    status = json.loads((out / "status.json").read_text())
+    assert status["status"] == "oom" and "train.micro_batch_tokens" in status["reason"], status["reason"]
+    assert not list((out / "checkpoints").iterdir())
 
 
 def test_a_rename_is_on_the_disk_before_anything_follows(tmp_path, monkeypatch):

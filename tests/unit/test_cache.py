@@ -10,7 +10,7 @@ import torch
 from configs import ROOT, merged
 
 from kdclimb import campaign, expansion, write_cache
-from kdclimb.artifacts import seal, write_json
+from kdclimb.artifacts import DiskFull, seal, write_json
 from kdclimb.cache import DESCRIPTION, TargetCache
 from kdclimb.config import ConfigError
 from kdclimb.data import Dataset
@@ -277,3 +277,18 @@ def test_sampled_targets_are_counts_of_different_words():
     for ids, counts in zip(target.ids.tolist(), target.counts.tolist(), strict=True):
         used = [word for word, count in zip(ids, counts, strict=True) if count]
         assert len(used) == len(set(used))
+
+
+def test_a_disk_that_fills_while_a_cache_is_written_leaves_none(
+    caches, expanded, manifest, teacher_folder, small_disk, monkeypatch
+):
+    _, cache = expanded("hidden")
+    folder, other = small_disk / cache.cache_id, small_disk / "another's"
+    monkeypatch.setattr(write_cache, "announce", lambda *_: other.write_bytes(bytes(240 * 1024)))  # after it was asked
+    with pytest.raises(DiskFull, match="hidden.bin: no room on its disk"):
+        write_cache.write(cache, folder, manifest, teacher_folder, threads=1)
+    assert not (folder / DESCRIPTION).exists()
+    other.unlink()
+    monkeypatch.setattr(write_cache, "announce", lambda *_: None)
+    write_cache.write(cache, folder, manifest, teacher_folder, threads=1)
+    assert (folder / "hidden.bin").read_bytes() == (caches["hidden"][1] / "hidden.bin").read_bytes()
