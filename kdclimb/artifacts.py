@@ -19,7 +19,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -149,14 +149,24 @@ def write_noted(path: Path, write: Callable[[Path], object]) -> None:
 
 def read_noted(path: Path) -> str:
     """The text of a table. Raises Damaged unless it is as it was noted, OSError and UnicodeDecodeError."""
-    content, note = Path(path).read_bytes(), _note(Path(path))
-    if note.is_file() and note.read_bytes() != f"{hashlib.sha256(content).hexdigest()}\n".encode():
+    path = Path(path)
+    while True:
+        noted, content = _noted(path), path.read_bytes()
+        if _noted(path) == noted:  # else it is being written anew, as when a report is made while a campaign goes on
+            break
+    if noted not in (None, f"{hashlib.sha256(content).hexdigest()}\n".encode()):
         raise Damaged(f"{path}: damaged: not as it was written; delete it, and ./run makes it again")
     return content.decode()
 
 
 def _note(path: Path) -> Path:
     return path.with_name(f".{path.name}.sha256")
+
+
+def _noted(path: Path) -> bytes | None:
+    with suppress(FileNotFoundError):
+        return _note(path).read_bytes()
+    return None
 
 
 # ---- formats --------------------------------------------------------------------------------------
