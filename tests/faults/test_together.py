@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 from checkouts import Checkout, overlay
@@ -29,3 +30,26 @@ def test_a_table_that_is_written_anew_while_it_is_read_is_whole_and_not_called_d
         assert len(rows) == 1 + rows[0]["a"] % 50
         seen.add(rows[0]["a"])
     assert writer.returncode == 0 and len(seen) > 20
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(0)
+def test_campaigns_that_share_their_results_come_one_after_the_other(tmp_path):
+    """Two checkouts, one results folder: the second is refused, and then trains nothing that the first has trained."""
+    (tmp_path / "shared").mkdir()
+    first, second = (Checkout(tmp_path / name / "kdclimb") for name in ("a", "b"))
+    for checkout in (first, second):
+        (checkout.path / "results").symlink_to(tmp_path / "shared")
+    process = first.start(*overlay(first, "small", campaign="a", **SMALL))
+    while not list(tmp_path.glob("shared/data/*/manifest.json")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    arguments = overlay(second, "small", campaign="b", **SMALL)
+    assert "another checkout works with the same results" in second.run(*arguments, code=1)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    trained, tables = first.attempts(), first.tables("a")
+    second.run(*arguments)
+    assert second.attempts() == trained and second.tables("b").keys() == tables.keys()
+    same = [name for name, content in second.tables("b").items() if content == tables[name]]
+    assert {"ce/timing.csv", "kd/full.csv", "tables/compare.csv", "verdict.json"} <= set(same)

@@ -196,8 +196,9 @@ def test_editing_the_loss_trains_again_unless_code_is_frozen(changed):
 
 
 def test_forgotten_results_are_made_again_in_one_go(changed):
-    """A CE run and the teacher: what they decide is decided again, and comes out as it was. Beside it another campaign is
-    refused, and a report is made of what is there.
+    """A CE run and the teacher: what they decide is decided again, and comes out as it was.
+
+    Beside it another campaign is refused, and a report is made of what is there.
     """
     before, tables = changed.attempts(), changed.tables()
     selected = json.loads((changed.path / "results/tiny/teacher/selected.json").read_text())["run_id"]
