@@ -74,7 +74,9 @@ def _make(spec: dict, out: Path, root: Path) -> dict:
         raise ValueError(f"data.{spec['source']}: its files are not those that this started with; start it again")
     parts = _prepare_text(spec, out, root) if spec["source"] == "text" else _list_shards(spec, out, root)
     hashes = [shard["sha256"] for part in PARTS for shard in parts[part]]
-    return {"spec": spec, "vocab_size": spec["vocab_size"], **parts, "data_hash": short_hash("".join(hashes))}
+    lengths = {part: sha256(out / LENGTHS.format(part)) for part in PARTS}
+    facts = {"vocab_size": spec["vocab_size"], "lengths_sha256": lengths, "data_hash": short_hash("".join(hashes))}
+    return {"spec": spec, **parts, **facts}
 
 
 # ---- text ---------------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import random
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from configs import ROOT, merged
+from test_damage import DAMAGE
 
 from kdclimb import campaign, expansion, write_cache
 from kdclimb.artifacts import DiskFull, seal, write_json
@@ -188,6 +190,21 @@ def test_a_damaged_cache_is_refused_where_it_is_read(copied, opened):
     cache.target(0, "cpu")
     with pytest.raises(ValueError, match="is damaged"):
         cache.target(cache.config.micro_batches - 1, "cpu")
+
+
+@pytest.mark.parametrize("way", DAMAGE)
+def test_no_damage_to_a_cache_is_taught_from(way, caches, opened, tmp_path):
+    """Any file of any kind of cache: refused when it is opened, or where it is read, and named."""
+    for run, folder in caches.values():
+        copied, rng = shutil.copytree(folder, tmp_path / folder.name), random.Random(way)
+        for file in sorted(copied.iterdir()):
+            whole = file.read_bytes()
+            file.write_bytes(DAMAGE[way](whole, rng))
+            with pytest.raises(ValueError, match=file.name):
+                cache = opened(run, copied)
+                for place in range(cache.config.micro_batches):
+                    cache.target(place, "cpu")
+            file.write_bytes(whole)
 
 
 @pytest.mark.parametrize("key", ["teacher_sha256", "data_hash"])
