@@ -332,7 +332,7 @@ class DeviceLease:
             self.refused = False
         except BlockingIOError:
             self.refused = True
-            with self.contended.open("ab") as file:
+            with needs_room(self.contended), self.contended.open("ab") as file:
                 file.write(b"x")
 
     def _contentions(self) -> int:

@@ -15,12 +15,13 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from kdclimb.artifacts import Damaged, read_sealed, seal, sha256, write_json, write_via
+from kdclimb.artifacts import Damaged, needs_room, read_sealed, seal, sha256, write_json, write_via
 from kdclimb.config import short_hash
 from kdclimb.shards import count_tokens, document_lengths, write_shards
 from kdclimb.sources import PARTS, fingerprint, shard_files, source_files
@@ -170,14 +171,11 @@ class Shuffled:
         self._scatter(progress("shuffling", read(), self.bytes), _places(self.count, seed))
 
     def _scatter(self, documents: Iterator[str], places: np.ndarray) -> None:
-        files = [path.open("wb") for path in self.buckets]
-        try:
+        with needs_room(self.buckets[0].parent), ExitStack() as opened:
+            files = [opened.enter_context(path.open("wb")) for path in self.buckets]
             for document, place in zip(documents, map(int, places), strict=True):
                 text = document.encode()
                 files[place * len(files) // self.count].write(RECORD.pack(place, len(text)) + text)
-        finally:
-            for file in files:
-                file.close()
 
     def __iter__(self) -> Iterator[str]:
         for path in self.buckets:

@@ -10,12 +10,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from configs import ROOT
+from configs import ROOT, merged
 from training import train
 
-from kdclimb import artifacts
+from kdclimb import artifacts, campaign
 from kdclimb.artifacts import DeviceLease, DiskFull, RunFolder, write_csv, write_via
 from kdclimb.data import Dataset
+from kdclimb.prepare import prepare
 from kdclimb.shards import write_shards
 from kdclimb.train import Trainer
 
@@ -43,6 +44,19 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(kind, small_disk):
         writers(small_disk)[kind]()
     assert [file.name for file in small_disk.iterdir()] == [names[kind]]
     assert (small_disk / names[kind]).read_bytes() == b"before"
+
+
+@pytest.mark.parametrize("kib", [100, 1500])
+def test_a_disk_that_is_full_while_text_is_prepared_is_named(kib, small_disk, tmp_path):
+    """At the bucket files, of which the text needs as much as it has; with little text at what is made of it."""
+    text = "\n\f\n".join(f"document {number} " + "word " * 60 for number in range(kib * 1024 // 314))
+    (tmp_path / "text.txt").write_text(text)
+    config = merged("tests/tiny.yaml", {"data": {"text": {"files": [str(tmp_path / "text.txt")]}}})
+    spec = campaign.data_spec(campaign.load(config, ROOT), ROOT)
+    (small_disk / "another's").write_bytes(bytes(150 * 1024 if kib == 100 else 1))
+    with pytest.raises(DiskFull, match=f"{small_disk}/data/.*: no room on its disk"):
+        prepare(spec, small_disk / "data", ROOT)
+    assert not (small_disk / "data/manifest.json").exists()
 
 
 @pytest.mark.parametrize(
