@@ -13,7 +13,7 @@ import torch
 from configs import ROOT, merged
 from training import train
 
-from kdclimb import artifacts, campaign
+from kdclimb import artifacts, campaign, unpickle
 from kdclimb.artifacts import DeviceLease, DiskFull, RunFolder, write_csv, write_via
 from kdclimb.data import Dataset
 from kdclimb.prepare import prepare
@@ -44,6 +44,13 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(kind, small_disk):
         writers(small_disk)[kind]()
     assert [file.name for file in small_disk.iterdir()] == [names[kind]]
     assert (small_disk / names[kind]).read_bytes() == b"before"
+
+
+def test_a_disk_that_is_full_while_a_teacher_is_imported_is_named(small_disk, tmp_path):
+    facts = {"step": 1, "code": "", "best_val_loss": 4.5, "kd_enabled": False, "kd_stop_step": None}
+    torch.save({"model": {"a": torch.zeros(200_000)}} | facts, tmp_path / "state.pt")
+    with pytest.raises(DiskFull, match=f"{small_disk}/model.safetensors: no room on its disk"):
+        unpickle.main(tmp_path / "state.pt", small_disk / "model.safetensors")
 
 
 @pytest.mark.parametrize("kib", [100, 1500])
