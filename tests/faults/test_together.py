@@ -29,7 +29,7 @@ def test_a_table_that_is_written_anew_while_it_is_read_is_whole_and_not_called_d
         assert len({(row["a"], row["b"]) for row in rows}) == 1 and rows[0]["a"] == rows[0]["b"]
         assert len(rows) == 1 + rows[0]["a"] % 50
         seen.add(rows[0]["a"])
-    assert writer.returncode == 0 and len(seen) > 20
+    assert writer.returncode == 0 and len(seen) > 5
 
 
 @pytest.mark.faults
