@@ -34,6 +34,8 @@ def pytest_configure(config):
     spinning; and so each has a device of its own: the lock of kdclimb's DeviceLease is in the temporary folder.
     """
     config.measured = []  # lines of what the tests of tests/faults did
+    if config.option.faults:
+        config.option.timeout = 0  # by the wall clock, while its tests go by CPU seconds
     if config.option.fuzz_seconds is None:
         config.option.fuzz_seconds = 600.0 if config.option.faults else 0.0
     if WORKER is None:

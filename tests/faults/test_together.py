@@ -33,7 +33,6 @@ def test_a_table_that_is_written_anew_while_it_is_read_is_whole_and_not_called_d
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(0)
 def test_campaigns_that_share_their_results_come_one_after_the_other(tmp_path):
     """Two checkouts, one results folder: the second is refused, and then trains nothing that the first has trained."""
     (tmp_path / "shared").mkdir()
