@@ -147,7 +147,8 @@ rebuild_venv() {
   "$BASE_PYTHON" -m venv .venv >&3 || fail "$BASE_PYTHON -m venv failed"
   install_torch
   say "installing the rest of requirements.txt"
-  pip_install -qq -r requirements.txt
+  pip_install -qq --require-hashes -r envs/locked.txt
+  pip_install -qq -r requirements.txt # is all there but for the libraries that a CUDA build of torch names
   : >"$(stamp run "$KIND")"
   flock --shared 8
 }
@@ -156,7 +157,7 @@ rebuild_venv() {
 add_test_packages() {
   say "adding requirements-dev.txt to .venv"
   : >.venv/.kdclimb-unfinished
-  pip_install -qq -r requirements-dev.txt
+  pip_install -qq --require-hashes -r envs/locked-dev.txt
   : >"$(stamp test "$KIND")"
   rm .venv/.kdclimb-unfinished
 }

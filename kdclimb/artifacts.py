@@ -12,16 +12,19 @@ import csv
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+from kdclimb.waiting import open_watched
 
 MADE_AT_THE_END = ("config.json", "steps.csv", "val.csv", "summary.csv", "val_loss.png", "step_time.png", "status.json")
 LOG = "train.log"  # which Snakemake empties before it starts a job again
@@ -98,7 +101,7 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_watched(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -146,14 +149,24 @@ def write_noted(path: Path, write: Callable[[Path], object]) -> None:
 
 def read_noted(path: Path) -> str:
     """The text of a table. Raises Damaged unless it is as it was noted, OSError and UnicodeDecodeError."""
-    content, note = Path(path).read_bytes(), _note(Path(path))
-    if note.is_file() and note.read_bytes() != f"{hashlib.sha256(content).hexdigest()}\n".encode():
+    path = Path(path)
+    while True:
+        noted, content = _noted(path), path.read_bytes()
+        if _noted(path) == noted:  # else it is being written anew, as when a report is made while a campaign goes on
+            break
+    if noted not in (None, f"{hashlib.sha256(content).hexdigest()}\n".encode()):
         raise Damaged(f"{path}: damaged: not as it was written; delete it, and ./run makes it again")
     return content.decode()
 
 
 def _note(path: Path) -> Path:
     return path.with_name(f".{path.name}.sha256")
+
+
+def _noted(path: Path) -> bytes | None:
+    with suppress(FileNotFoundError):
+        return _note(path).read_bytes()
+    return None
 
 
 # ---- formats --------------------------------------------------------------------------------------
@@ -319,7 +332,7 @@ class DeviceLease:
             self.refused = False
         except BlockingIOError:
             self.refused = True
-            with self.contended.open("ab") as file:
+            with needs_room(self.contended), self.contended.open("ab") as file:
                 file.write(b"x")
 
     def _contentions(self) -> int:
@@ -344,7 +357,17 @@ def plot_run(folder: Path, run_id: str, steps: list[dict], vals: list[dict]) -> 
     _plot(folder / "step_time.png", run_id, [row["step"] for row in steps], step_ms, "step time (ms)")
 
 
-def _plot(path: Path, title: str, x: list, y: list, label: str, marker: str | None = None) -> None:
+def rehearse_plots() -> None:
+    """Load and use what draws, so that a run for which memory gets too small can still write its result."""
+    _figure("", [], [], "").savefig(io.BytesIO(), format="png")
+
+
+def _plot(path: Path, *what, **style) -> None:
+    figure = _figure(*what, **style)
+    write_via(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png", metadata={"Software": None}))
+
+
+def _figure(title: str, x: list, y: list, label: str, marker: str | None = None):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -357,4 +380,4 @@ def _plot(path: Path, title: str, x: list, y: list, label: str, marker: str | No
         axes.plot(x, y, marker=marker, markersize=3)
     else:
         axes.text(0.5, 0.5, "no data", ha="center", transform=axes.transAxes)
-    write_via(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png", metadata={"Software": None}))
+    return figure

@@ -19,6 +19,7 @@ from kdclimb.artifacts import Damaged, read_sealed
 from kdclimb.config import CacheConfig, RunConfig, build
 from kdclimb.kernels import DenseTeacher, SparseTeacher, fp8
 from kdclimb.model import GPT
+from kdclimb.waiting import waiting
 
 STEPS_A_NAT = 2048  # of log-probabilities, kept as 16-bit fixed point: fp16 would be eight times as coarse at 8 nats
 DESCRIPTION = "cache.json"  # written last: without it a cache is not whole
@@ -101,7 +102,8 @@ class TargetCache:
         """One micro-batch in host memory. Raises ValueError unless it is what was written."""
         values = {}
         for name, file in self.files.items():
-            array = np.array(file[place])
+            with waiting(f"{self.folder}/{name}.bin"):
+                array = np.array(file[place])
             if zlib.crc32(array) != self.description["checksums"][name][place]:
                 raise Damaged(f"{self.folder}/{name}.bin: micro-batch {place} is damaged; make the cache again")
             if name == "log_probs":

@@ -15,6 +15,7 @@ from torch import Tensor
 from kdclimb.artifacts import Damaged, verify
 from kdclimb.attention import Documents, to_device
 from kdclimb.shards import document_order, read_manifest, read_shard
+from kdclimb.waiting import waiting
 
 ROOM = 1.5  # times as many documents as there are in a batch on average have room in it
 
@@ -135,7 +136,9 @@ class Packer:
         self._fill(tokens + 1)
 
     def next_batch(self, tokens: int, device: str) -> Batch:
-        pieces, starts = self._fill(tokens + 1)
+        with waiting("the token shards"):  # whose pages may have left the memory since they were verified
+            pieces, starts = self._fill(tokens + 1)
+            stream = np.concatenate(pieces)
         starts = [start for start in starts if start < tokens]
         room = math.ceil(ROOM * tokens / self.mean_document)
-        return _batch(np.concatenate(pieces).astype(np.int64), starts, device, self.max_doc_tokens, room)
+        return _batch(stream.astype(np.int64), starts, device, self.max_doc_tokens, room)

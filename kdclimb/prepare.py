@@ -15,12 +15,13 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from kdclimb.artifacts import Damaged, read_sealed, seal, sha256, write_json, write_via
+from kdclimb.artifacts import Damaged, needs_room, read_sealed, seal, sha256, write_json, write_via
 from kdclimb.config import short_hash
 from kdclimb.shards import count_tokens, document_lengths, write_shards
 from kdclimb.sources import PARTS, fingerprint, shard_files, source_files
@@ -74,7 +75,9 @@ def _make(spec: dict, out: Path, root: Path) -> dict:
         raise ValueError(f"data.{spec['source']}: its files are not those that this started with; start it again")
     parts = _prepare_text(spec, out, root) if spec["source"] == "text" else _list_shards(spec, out, root)
     hashes = [shard["sha256"] for part in PARTS for shard in parts[part]]
-    return {"spec": spec, "vocab_size": spec["vocab_size"], **parts, "data_hash": short_hash("".join(hashes))}
+    lengths = {part: sha256(out / LENGTHS.format(part)) for part in PARTS}
+    facts = {"vocab_size": spec["vocab_size"], "lengths_sha256": lengths, "data_hash": short_hash("".join(hashes))}
+    return {"spec": spec, **parts, **facts}
 
 
 # ---- text ---------------------------------------------------------------------------------------
@@ -168,14 +171,11 @@ class Shuffled:
         self._scatter(progress("shuffling", read(), self.bytes), _places(self.count, seed))
 
     def _scatter(self, documents: Iterator[str], places: np.ndarray) -> None:
-        files = [path.open("wb") for path in self.buckets]
-        try:
+        with needs_room(self.buckets[0].parent), ExitStack() as opened:
+            files = [opened.enter_context(path.open("wb")) for path in self.buckets]
             for document, place in zip(documents, map(int, places), strict=True):
                 text = document.encode()
                 files[place * len(files) // self.count].write(RECORD.pack(place, len(text)) + text)
-        finally:
-            for file in files:
-                file.close()
 
     def __iter__(self) -> Iterator[str]:
         for path in self.buckets:

@@ -20,7 +20,16 @@ import torch
 from tqdm import tqdm
 
 from kdclimb.anchor import anchor_ms
-from kdclimb.artifacts import Damaged, DeviceLease, RunFolder, last_lines, needs_room, write_json, write_tables
+from kdclimb.artifacts import (
+    Damaged,
+    DeviceLease,
+    RunFolder,
+    last_lines,
+    needs_room,
+    rehearse_plots,
+    write_json,
+    write_tables,
+)
 from kdclimb.attention import choose_backend
 from kdclimb.config import ConfigError, RunConfig, short_hash
 from kdclimb.data import Dataset
@@ -139,14 +148,17 @@ class _Attempt:
         self.backend = choose_backend(config.attention, config.device, config.deterministic)
         self.started = datetime.now(UTC)
         self.trainer: Trainer | None = None
+        self.killed: list[str] = []  # how the tries since the last progress were ended from outside
 
     def go(self, last_attempt: bool, give_up: bool) -> int:
         out = self.folder.path
         (out / "status.json").unlink(missing_ok=True)  # an earlier result, of other code or data
         with Lease(self.folder.state / "lease.json", self.folder.progress()) as held:
-            attempts = self.folder.count_attempt()
+            attempts, self.killed = self.folder.count_attempt(), held.killed
             if give_up and len(held.killed) >= KILLED_TRIES:
-                self._write(status_of(held.killed), "; ".join(held.killed), attempts, shared=False)
+                status, how = status_of(held.killed), "; ".join(held.killed)
+                reason = f"{how}; lower train.micro_batch_tokens" if status == "oom" else how
+                self._write(status, reason, attempts, shared=False)
                 return 0
             return self._try(attempts, last_attempt)
 
@@ -171,6 +183,9 @@ class _Attempt:
                 print(self._command(), file=log)
             job = f" (Slurm job {slurm_job()})" if slurm_job() else ""
             print(f"attempt {attempts}{job}: {json.dumps(self.key)} {json.dumps(versions())}", file=log, flush=True)
+            for how in self.killed:
+                progress.report(f"before this: {how}; if the kernel lacked memory, lower train.micro_batch_tokens")
+            rehearse_plots()
             status, reason = self._train(_StopRequests(), progress)
             progress.report(f"{status}{': ' + reason if reason else ''}")
             progress.bar.close()

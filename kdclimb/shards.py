@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from kdclimb.artifacts import read_sealed, write_via
+from kdclimb.waiting import open_watched, waiting
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
@@ -21,10 +22,11 @@ BLOCK = 2**24  # tokens looked at in one go
 
 def count_tokens(path: Path) -> int:
     """The tokens of a shard, from its header. Raises ValueError unless magic, version and length are right."""
-    if not path.is_file():
-        raise ValueError(f"{path}: this token shard is missing")
-    with path.open("rb") as file:
-        header = file.read(HEADER_BYTES)
+    with waiting(path):
+        if not path.is_file():
+            raise ValueError(f"{path}: this token shard is missing")
+        with path.open("rb") as file:
+            header = file.read(HEADER_BYTES)
     magic, version, tokens = struct.unpack_from("<3i", header.ljust(12, b"\0"))
     if len(header) < HEADER_BYTES or magic != MAGIC or version != VERSION:
         raise ValueError(f"{path}: not a token shard (its header must start with {MAGIC}, {VERSION})")
@@ -53,10 +55,10 @@ def document_lengths(path: Path, bos: int, vocab_size: int) -> np.ndarray:
     which no document starts.
     """
     tokens, starts = count_tokens(path), [np.zeros(0, dtype=np.int64)]
-    with path.open("rb") as file:
+    with open_watched(path) as file:
         file.seek(HEADER_BYTES)
         for begin in range(0, tokens, BLOCK):
-            block = np.fromfile(file, dtype="<u2", count=BLOCK)
+            block = np.frombuffer(file.read(2 * BLOCK), dtype="<u2")
             if (largest := int(block.max())) >= vocab_size:
                 raise ValueError(f"{path}: holds token id {largest}; data.vocab_size is {vocab_size}")
             starts.append(begin + np.flatnonzero(block == bos))

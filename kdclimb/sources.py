@@ -22,6 +22,7 @@ from kdclimb.artifacts import sha256, write_json
 from kdclimb.config import canonical_json
 from kdclimb.shards import count_tokens, document_lengths
 from kdclimb.text import kind, list_files, read_documents
+from kdclimb.waiting import waiting
 
 HASHES = "results/data/.sha256.json"
 KEPT_FROM = 2**26  # bytes in all; less is hashed faster than it is worth remembering
@@ -33,7 +34,8 @@ PARTS = ("train", "val")
 def shard_files(shards, root: Path) -> dict[str, list[Path]]:
     """{part: files that match its glob}, sorted. `shards`: the config's section, or its dict."""
     globs = shards if isinstance(shards, dict) else vars(shards)
-    return {part: sorted(Path(name) for name in glob.glob(str(root / globs[part]))) for part in PARTS}
+    with waiting(f"data.shards: {globs['train']}, {globs['val']}"):
+        return {part: sorted(Path(name) for name in glob.glob(str(root / globs[part]))) for part in PARTS}
 
 
 def data_spec(data, root: Path) -> dict:
@@ -127,7 +129,8 @@ def _name(path: Path) -> str:
 
 def _state(path: Path) -> list[int]:
     """Size and times, in ns. The second time is the inode's, which no copy or touch sets back."""
-    found = path.stat()
+    with waiting(path):
+        found = path.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 

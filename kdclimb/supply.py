@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kdclimb.artifacts import Damaged
+from kdclimb.artifacts import verify
 from kdclimb.config import build
 from kdclimb.shards import document_order, read_manifest
 
@@ -116,11 +116,11 @@ def write_lengths(path: Path, shards: Iterable[np.ndarray]) -> None:
 
 
 def read_lengths(folder: Path, part: str, manifest: dict) -> Iterator[np.ndarray]:
-    """(documents,) uint32 of each shard, memory-mapped."""
-    lengths, start = np.memmap(folder / LENGTHS.format(part), dtype="<u4", mode="r"), 0
+    """(documents,) uint32 of each shard, memory-mapped. Raises Damaged unless the file is as it was written."""
+    path, start = folder / LENGTHS.format(part), 0
+    verify(path, manifest.get("lengths_sha256", {}).get(part), f"delete {folder}, and ./run makes it again")
+    lengths = np.memmap(path, dtype="<u4", mode="r")
     for shard in manifest[part]:
-        if start + shard["documents"] > len(lengths):
-            raise Damaged(f"{folder / LENGTHS.format(part)}: cut off; delete {folder}, and ./run makes it again")
         yield lengths[start : start + shard["documents"]]
         start += shard["documents"]
 

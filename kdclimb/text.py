@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kdclimb.config import require
+from kdclimb.waiting import open_watched, waiting
 
 KINDS = (".txt", ".txt.xz", ".md", ".jsonl", ".parquet")
 SEPARATOR = "\n\f\n"
@@ -56,7 +57,8 @@ def list_files(entries: Iterable[str], root: Path) -> Files:
     seen, ignored = {}, []
     for i, entry in enumerate(entries):
         key = f"data.text.files[{i}]"
-        found, others = _find(key, entry, root / Path(entry).expanduser())
+        with waiting(f"{key}: {entry}"):
+            found, others = _find(key, entry, root / Path(entry).expanduser())
         for path in found:
             real = path.resolve()
             require(real not in seen, key, entry, f"each file once, and {path} is named before")
@@ -158,7 +160,7 @@ def _decoded(path: Path) -> Iterator[str]:
     """The text of a file in blocks, with \\n for every line end, and without a byte order mark."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
     offset, first = 0, True
-    with lzma.open(path) if kind(path) == ".txt.xz" else path.open("rb") as file:
+    with open_watched(path) as raw, lzma.open(raw) if kind(path) == ".txt.xz" else raw as file:
         while True:
             block = _read_block(file, path)
             pending = len(decoder.getstate()[0])
@@ -190,7 +192,7 @@ def _not_text(where, offset: int, error: UnicodeDecodeError) -> ValueError:
 
 def _jsonl(path: Path, field: str) -> Iterator[str]:
     offset, number = 0, 0
-    with path.open("rb") as file:
+    with open_watched(path) as file:
         while line := file.readline(LONGEST_LINE + 1):
             number += 1
             if len(line) > LONGEST_LINE:
@@ -244,7 +246,7 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
 
     row = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with open_watched(path) as raw, pyarrow.parquet.ParquetFile(raw) as file:
             columns = file.schema_arrow.names
             if field not in columns:
                 raise ValueError(f"{path}: no column {field!r} (data.text.field); there {_are(columns)}")

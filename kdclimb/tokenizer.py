@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from kdclimb.artifacts import write_via
+from kdclimb.artifacts import write_text, write_via
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50257
@@ -44,7 +44,7 @@ class TrainedBPE:
         if found != vocab_size:
             raise ValueError(f"data.vocab_size: {vocab_size} is more than this text gives ({found})")
         tokenizer.encode_special_tokens = True  # text that looks like the end-of-text token is text
-        write_via(path, lambda temporary: tokenizer.save(str(temporary)))
+        write_text(path, tokenizer.to_str(pretty=True))  # its own save raises a bare Exception where the disk is full
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts)]

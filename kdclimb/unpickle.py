@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from kdclimb.artifacts import needs_room
+
 REQUIRED = ("step", "code", "model", "best_val_loss", "kd_enabled", "kd_stop_step")
 DROPPED = ("optimizer", "best_val_step")  # further entries of state_stepNNNNNN.pt
 GLOBAL = re.compile(r"(?:GLOBAL|class|function) ([\w.]+)")  # in torch's error, the name that it refused
@@ -103,7 +105,8 @@ def _check_types(found: dict, path: Path) -> None:
 def main(path: Path, out: Path) -> None:
     tensors, facts = split(load(path), path)
     tensors = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-    save_file(tensors, out, metadata={"facts": json.dumps(facts)})
+    with needs_room(out):
+        save_file(tensors, out, metadata={"facts": json.dumps(facts)})
 
 
 if __name__ == "__main__":

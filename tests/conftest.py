@@ -1,9 +1,10 @@
 """Order of the tests, what fails fastest first; their cores; where Triton's kernels run: on the GPU under -m gpu, else
-in its interpreter; and the finished tiny campaign that several folders look at.
+in its interpreter; and what several folders use: the finished tiny campaign, a disk that is full.
 """
 
 import fcntl
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -33,6 +34,8 @@ def pytest_configure(config):
     spinning; and so each has a device of its own: the lock of kdclimb's DeviceLease is in the temporary folder.
     """
     config.measured = []  # lines of what the tests of tests/faults did
+    if config.option.faults:
+        config.option.timeout = 0  # by the wall clock, while its tests go by CPU seconds
     if config.option.fuzz_seconds is None:
         config.option.fuzz_seconds = 600.0 if config.option.faults else 0.0
     if WORKER is None:
@@ -94,6 +97,18 @@ def small(tmp_path_factory, finished):
         return output
 
     return made_once(tmp_path_factory, "small", make)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system of 256 KiB; skipped where it can't be mounted."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small file system can only be mounted by root")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,9 +1,8 @@
-"""A run of the tiny campaign to damage, a disk that is full, and how long the long form goes on."""
-
-import subprocess
+"""A run of the tiny campaign to damage, and a mount that hangs."""
 
 import pytest
 from configs import ROOT, merged
+from hanging import HangingMount
 from training import train
 
 from kdclimb import campaign, expansion
@@ -24,12 +23,19 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A folder on a file system of 256 KiB; skipped where it can't be mounted."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("a small file system can only be mounted by root")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
+def hanging(tmp_path):
+    """hanging(name, content): a file on a mount that can be told not to answer; skipped where FUSE can't be mounted."""
+    mounts = []
+
+    def mount(name: str, content: bytes) -> HangingMount:
+        folder = tmp_path / "mount"
+        folder.mkdir()
+        try:
+            mounts.append(HangingMount(folder, name, content))
+        except OSError as error:
+            pytest.skip(str(error))
+        return mounts[-1]
+
+    yield mount
+    for found in mounts:
+        found.close()

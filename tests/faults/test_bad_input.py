@@ -160,6 +160,11 @@ def test_a_name_that_a_shell_or_a_page_could_take_for_more_is_refused(name):
             campaign.load(TINY | {section: TINY[section] | {key: [start + "x" + (name or " ")]}}, ROOT)
 
 
+def test_a_name_that_is_too_long_for_a_folder_is_refused():
+    with pytest.raises(ConfigError, match="^campaign: "):
+        campaign.load(TINY | {"campaign": "x" * 101}, ROOT)
+
+
 # ---- files ------------------------------------------------------------------------------------------
 
 

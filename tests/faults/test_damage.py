@@ -16,6 +16,7 @@ from kdclimb.artifacts import RunFolder as Folder
 from kdclimb.campaign import read_decisions
 from kdclimb.data import Dataset
 from kdclimb.shards import read_manifest
+from kdclimb.supply import read_lengths
 from kdclimb.teacher import read_description
 from kdclimb.train import read_state
 
@@ -62,6 +63,7 @@ def readers(results, made):
         data / "manifest.json": lambda: Dataset(data / "manifest.json"),
         data / "train_000000.bin": lambda: Dataset(data / "manifest.json").shards("train"),
         data / "val_000000.bin": lambda: Dataset(data / "manifest.json").shards("val"),
+        data / "train.lengths": lambda: list(read_lengths(data, "train", read_manifest(data / "manifest.json"))),
         tables / "ce/timing.csv": lambda: read_csv(tables / "ce/timing.csv", ["run_id", "step_ms"]),
         tables / "teacher/selected.json": lambda: (
             read_json(tables / "teacher/selected.json"),

@@ -93,7 +93,6 @@ def kill(process: int) -> None:
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(0)
 def test_campaigns_killed_at_random_moments_end_with_the_same_tables(pytestconfig, unbroken, tmp_path):
     first, totals = pytestconfig.getoption("--first"), {"master": 0, "trainer": 0}
     for number in range(first, first + pytestconfig.getoption("--campaigns")):

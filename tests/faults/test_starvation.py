@@ -4,15 +4,19 @@ import dataclasses
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from configs import ROOT, merged
 from training import train
 
-from kdclimb import artifacts
+from kdclimb import artifacts, campaign, unpickle
 from kdclimb.artifacts import DeviceLease, DiskFull, RunFolder, write_csv, write_via
 from kdclimb.data import Dataset
+from kdclimb.prepare import prepare
 from kdclimb.shards import write_shards
 from kdclimb.train import Trainer
 
@@ -42,6 +46,26 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(kind, small_disk):
     assert (small_disk / names[kind]).read_bytes() == b"before"
 
 
+def test_a_disk_that_is_full_while_a_teacher_is_imported_is_named(small_disk, tmp_path):
+    facts = {"step": 1, "code": "", "best_val_loss": 4.5, "kd_enabled": False, "kd_stop_step": None}
+    torch.save({"model": {"a": torch.zeros(200_000)}} | facts, tmp_path / "state.pt")
+    with pytest.raises(DiskFull, match=f"{small_disk}/model.safetensors: no room on its disk"):
+        unpickle.main(tmp_path / "state.pt", small_disk / "model.safetensors")
+
+
+@pytest.mark.parametrize("kib", [100, 1500])
+def test_a_disk_that_is_full_while_text_is_prepared_is_named(kib, small_disk, tmp_path):
+    """At the bucket files, of which the text needs as much as it has; with little text at what is made of it."""
+    text = "\n\f\n".join(f"document {number} " + "word " * 60 for number in range(kib * 1024 // 314))
+    (tmp_path / "text.txt").write_text(text)
+    config = merged("tests/tiny.yaml", {"data": {"text": {"files": [str(tmp_path / "text.txt")]}}})
+    spec = campaign.data_spec(campaign.load(config, ROOT), ROOT)
+    (small_disk / "another's").write_bytes(bytes(150 * 1024 if kib == 100 else 1))
+    with pytest.raises(DiskFull, match=f"{small_disk}/data/.*: no room on its disk"):
+        prepare(spec, small_disk / "data", ROOT)
+    assert not (small_disk / "data/manifest.json").exists()
+
+
 @pytest.mark.parametrize(
     ("fails_at", "number"),
     [("resume.safetensors", errno.ENOSPC), ("steps.csv", errno.EDQUOT), ("status.json", errno.ENOSPC)],
@@ -65,6 +89,33 @@ def test_a_full_disk_is_no_result_of_a_run(fails_at, number, made, tmp_path, mon
     assert train(config, out, manifest) == 0
     for name in ("steps.csv", "val.csv"):
         assert (out / name).read_bytes() == (results / "runs" / config.run_id / name).read_bytes()
+
+
+LIMITED = """
+import json, re, resource, sys
+from pathlib import Path
+from kdclimb.config import RunConfig
+from kdclimb.run import run
+size = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**28, -1))
+options = {"threads": 1, "any_code": False, "last_attempt": True}
+sys.exit(run(RunConfig.from_dict(json.loads(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3]), None, **options))
+"""
+
+
+def test_a_run_that_the_host_has_no_memory_for_is_a_result_that_names_the_key(made, tmp_path):
+    """By a limit of the process, which once left no room to draw the result in; the kernel gives no chance to."""
+    _, manifest, config = made
+    batch = 2**17
+    schedule = dataclasses.replace(config.schedule, micro_batch_tokens=batch, batch_tokens=(batch, batch))
+    config = dataclasses.replace(config, schedule=schedule)
+    out = tmp_path / config.run_id
+    command = [sys.executable, "-c", LIMITED, json.dumps(config.to_dict()), out, manifest]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    status = json.loads((out / "status.json").read_text())
+    assert status["status"] == "oom" and "train.micro_batch_tokens" in status["reason"], status["reason"]
+    assert not list((out / "checkpoints").iterdir())
 
 
 def test_a_rename_is_on_the_disk_before_anything_follows(tmp_path, monkeypatch):

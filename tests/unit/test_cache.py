@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import random
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from configs import ROOT, merged
+from test_damage import DAMAGE
 
 from kdclimb import campaign, expansion, write_cache
-from kdclimb.artifacts import seal, write_json
+from kdclimb.artifacts import DiskFull, seal, write_json
 from kdclimb.cache import DESCRIPTION, TargetCache
 from kdclimb.config import ConfigError
 from kdclimb.data import Dataset
@@ -190,6 +192,21 @@ def test_a_damaged_cache_is_refused_where_it_is_read(copied, opened):
         cache.target(cache.config.micro_batches - 1, "cpu")
 
 
+@pytest.mark.parametrize("way", DAMAGE)
+def test_no_damage_to_a_cache_is_taught_from(way, caches, opened, tmp_path):
+    """Any file of any kind of cache: refused when it is opened, or where it is read, and named."""
+    for run, folder in caches.values():
+        copied, rng = shutil.copytree(folder, tmp_path / folder.name), random.Random(way)
+        for file in sorted(copied.iterdir()):
+            whole = file.read_bytes()
+            file.write_bytes(DAMAGE[way](whole, rng))
+            with pytest.raises(ValueError, match=file.name):
+                cache = opened(run, copied)
+                for place in range(cache.config.micro_batches):
+                    cache.target(place, "cpu")
+            file.write_bytes(whole)
+
+
 @pytest.mark.parametrize("key", ["teacher_sha256", "data_hash"])
 def test_a_cache_of_another_teacher_or_other_data_is_stale(key, copied, opened):
     run, folder = copied
@@ -277,3 +294,18 @@ def test_sampled_targets_are_counts_of_different_words():
     for ids, counts in zip(target.ids.tolist(), target.counts.tolist(), strict=True):
         used = [word for word, count in zip(ids, counts, strict=True) if count]
         assert len(used) == len(set(used))
+
+
+def test_a_disk_that_fills_while_a_cache_is_written_leaves_none(
+    caches, expanded, manifest, teacher_folder, small_disk, monkeypatch
+):
+    _, cache = expanded("hidden")
+    folder, other = small_disk / cache.cache_id, small_disk / "another's"
+    monkeypatch.setattr(write_cache, "announce", lambda *_: other.write_bytes(bytes(240 * 1024)))  # after it was asked
+    with pytest.raises(DiskFull, match="hidden.bin: no room on its disk"):
+        write_cache.write(cache, folder, manifest, teacher_folder, threads=1)
+    assert not (folder / DESCRIPTION).exists()
+    other.unlink()
+    monkeypatch.setattr(write_cache, "announce", lambda *_: None)
+    write_cache.write(cache, folder, manifest, teacher_folder, threads=1)
+    assert (folder / "hidden.bin").read_bytes() == (caches["hidden"][1] / "hidden.bin").read_bytes()

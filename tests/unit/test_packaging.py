@@ -1,6 +1,7 @@
 """Pins, environments and pyproject agree; the scripts parse; imports run one way."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -17,7 +18,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DATA = ("fetch", "prepare", "shards", "sources", "supply", "text", "tokenizer")
 LIGHT = (
     "bundle", "campaign", "config", "expansion", "explain", "imported", "lease", "logs", "mirror", "plan", "provenance",
-    "refused", "sections", *DATA,
+    "refused", "sections", "waiting", *DATA,
 )  # fmt: skip
 WITHOUT_TORCH = [f"kdclimb.{name}" for name in LIGHT] + sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -89,6 +90,16 @@ def test_the_test_packages_only_add():
 def test_env_and_requirements_pin_the_same():
     assert pins(env_lines()) == pins(requirement_lines("requirements.txt"))
     assert sorted(env_lines()) == sorted(requirement_lines("requirements.txt")), "extras differ"
+
+
+@pytest.mark.parametrize(("source", "lock"), [("requirements", "locked"), ("requirements-dev", "locked-dev")])
+def test_all_pins_but_torch_are_locked_by_hash(source, lock):
+    lines = (ROOT / f"envs/{lock}.txt").read_text().replace(" \\\n", "").splitlines()[1:]
+    wanted = [line for line in requirement_lines(f"{source}.txt") if not line.startswith("torch==")]
+    assert [line.split(" ")[0] for line in lines] == wanted, "make it again: python envs/lock.py"
+    for line in lines:
+        hashes = line.split()[1:]
+        assert hashes and all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", found) for found in hashes), line
 
 
 def test_the_citation_names_this_version_and_licence():

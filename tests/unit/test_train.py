@@ -241,6 +241,9 @@ def test_killed_tries_without_progress_become_a_result(state, status, tiny_runs,
     found = json.loads((out / "status.json").read_text())
     assert code == 0 and found["status"] == rows(out / "summary.csv")[0]["status"] == status
     assert found["reason"].startswith(f"Slurm job 1 was ended: {state}; Slurm job 2 was ended: {state}")
+    assert ("lower train.micro_batch_tokens" in found["reason"]) == (status == "oom")
+    said = f"before this: Slurm job 1 was ended: {state}; if the kernel lacked memory, lower train.micro_batch_tokens"
+    assert (out / "train.log").read_text().count(said) == 1
 
 
 def test_a_run_stops_when_its_master_is_gone(tiny_runs, train, tmp_path, monkeypatch):

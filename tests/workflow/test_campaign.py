@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 
 import pytest
 import seed_checkpoints
@@ -195,13 +196,26 @@ def test_editing_the_loss_trains_again_unless_code_is_frozen(changed):
 
 
 def test_forgotten_results_are_made_again_in_one_go(changed):
-    """A CE run and the teacher: what they decide is decided again, and comes out as it was."""
+    """A CE run and the teacher: what they decide is decided again, and comes out as it was.
+
+    Beside it another campaign is refused, and a report is made of what is there.
+    """
     before, tables = changed.attempts(), changed.tables()
     selected = json.loads((changed.path / "results/tiny/teacher/selected.json").read_text())["run_id"]
     for run_id in (rows(changed.path / "results/tiny/ce/timing.csv")[0]["run_id"], selected):
         subprocess.run([".venv/bin/python", "-m", "kdclimb", "retry", "--run", run_id], cwd=changed.path, check=True)
         assert not (changed.path / "results/runs" / run_id).exists()
-    output = changed.run(*TINY)
+    first = changed.start(*TINY)
+    while not any(changed.path.glob("results/runs/ce-*/.state/resume.safetensors")):  # one of the two is in training
+        assert first.poll() is None
+        time.sleep(0.05)
+    assert "another ./run works in this folder" in changed.run(*overlay(changed, "other", campaign="other"), code=1)
+    report = [".venv/bin/python", "-m", "kdclimb", "report", "--configfile", "tests/tiny.yaml"]
+    subprocess.run(report, cwd=changed.path, check=True)
+    assert first.poll() is None and "So far." in (changed.path / "results/tiny/so_far/report/index.html").read_text()
+    shutil.rmtree(changed.path / "results/tiny/so_far")
+    output, _ = first.communicate(timeout=400)
+    assert first.returncode == 0, output
     assert "<TBD>" not in output.split("Updating checkpoint dependencies.")[-1]
     assert changed.attempts() == before  # its count starts again, and no other run was started
     assert changed.tables() == tables

@@ -236,6 +236,17 @@ def test_refused_while_another_run_holds_the_lock(project):
     assert project.run()[0] == 0
 
 
+def test_refused_while_another_checkout_works_with_the_same_results(project, tmp_path):
+    (tmp_path / "shared").mkdir()
+    (project.folder / "results").symlink_to(tmp_path / "shared")
+    with open(tmp_path / "shared/.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        code, lines = project.run()
+        assert code == 1 and "another checkout works with the same results" in lines[-1] and project.calls() == []
+        assert project.run("-n")[0] == 0
+    assert project.run()[0] == 0
+
+
 def test_kill_9_frees_the_lock_though_jobs_live_on(project):
     """The process that ./run was becomes snakemake; the jobs it starts inherit no lock."""
     project.write(
@@ -248,7 +259,8 @@ def test_kill_9_frees_the_lock_though_jobs_live_on(project):
     process = project.start()
     until(lambda: (project.folder / "job").exists() and (project.folder / "job").read_text().endswith("\n"), "the job")
     job, snakemake, master = map(int, (project.folder / "job").read_text().split())
-    locks = [project.folder / ".snakemake" / name for name in ("kdclimb.lock", "kdclimb.venv.lock")]
+    names = (".snakemake/kdclimb.lock", ".snakemake/kdclimb.venv.lock", "results/.lock")
+    locks = [project.folder / name for name in names]
     try:
         assert process.pid == snakemake == master == int(locks[0].read_text())
         assert not any(map(is_free, locks))
@@ -325,12 +337,14 @@ def test_second_start_calls_no_pip(bare):
     for _ in range(2):
         assert bare.run()[0] == 0
     assert len(bare.calls("venv")) == 1
-    assert len(bare.calls("pip")) == 2  # torch, then the rest
+    torch, hashed, rest = bare.calls("pip")
+    assert " torch==" in torch and hashed.endswith("--require-hashes -r envs/locked.txt")
+    assert rest.endswith(" -r requirements.txt")  # what torch's build brings
 
 
 def test_tests_add_to_what_runs_need(project):
     assert project.run(script="test")[0] == 0
-    assert [call.split()[-1] for call in project.calls("pip")] == ["requirements-dev.txt"]
+    assert [call.split()[-3:] for call in project.calls("pip")] == [["--require-hashes", "-r", "envs/locked-dev.txt"]]
     assert project.calls("pytest") == ["pytest -m not gpu -n 2"]
     code, lines = project.run("-m", "gpu", "-x", script="test")
     assert code == 0
@@ -403,7 +417,7 @@ def test_started_together_they_set_up_once(bare):
     processes = [bare.start("-n"), bare.start(script="test"), bare.start("-n"), bare.start(script="test")]
     assert [process.wait(timeout=60) for process in processes] == [0, 0, 0, 0]
     assert len(bare.calls("venv")) == 1
-    assert len(bare.calls("pip")) == 3
+    assert len(bare.calls("pip")) == 4
 
 
 @pytest.mark.parametrize(
