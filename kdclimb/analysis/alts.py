@@ -47,6 +47,20 @@ def _isolates(data: dict) -> str:
     return "; ".join(parts) + "." if parts else ""
 
 
+def _parts(data: dict) -> str:
+    """The largest part of each isolate's step."""
+    largest: dict[str, dict] = {}
+    for row in data["profile"] or ():
+        best = largest.get(row["label"])
+        if best is None or row["share_of_step"] > best["share_of_step"]:
+            largest[row["label"]] = row
+    parts = [
+        f"{label} {row['part']}, {row['share_of_step']:.0%} of {show_ms(row['step_ms_median'])}"
+        for label, row in largest.items()
+    ]
+    return f"The largest part of a step: {'; '.join(parts)}." if parts else ""
+
+
 def _trend(data: dict) -> str:
     point = (data["verdict"] or {}).get("point")
     rows = [row for row in data["trend"] or () if row["label"] == point]
@@ -63,8 +77,9 @@ def _break_even(data: dict) -> str:
 
 def _horizons(data: dict) -> str:
     rows = [row for row in data["horizon_curve"] or () if row["seed"] is None]
-    parts = [f"{row['label']} at {row['horizon']} steps {row['final_val']:.4f}" for row in rows]
-    return f"Mean final loss: {'; '.join(parts)}." if parts else ""
+    parts = [f"{row['label'] or 'CE'} at {row['horizon']} steps {row['final_val']:.4f}" for row in rows]
+    mean = "Mean final" if any(row["n_seeds"] for row in rows) else "Final"
+    return f"{mean} loss: {'; '.join(parts)}." if parts else ""
 
 
 def _sweep(data: dict) -> str:
@@ -101,11 +116,28 @@ def _stops(data: dict) -> str:
     return f"KD stops at step {', '.join(stops)}." if stops else ""
 
 
+def _claims(data: dict) -> str:
+    """The matched claims whose runs differ by more than two runs of the same thing."""
+    rows = [row for row in data["claims"] if row["val_delta"] is not None]
+    clear = [row for row in rows if row["noise"] is None or abs(row["val_delta"]) > row["noise"]]
+    parts = [f"{row['run_id']} {row['val_delta']:+.4f} against {row['against']}" for row in clear]
+    return f"By more than two runs of the same thing differ (nats): {'; '.join(parts) or 'none'}." if rows else ""
+
+
+def _claim_times(data: dict) -> str:
+    rows = sorted((row for row in data["claims"] if row["time_ratio"] is not None), key=lambda row: row["time_ratio"])
+    ends = [f"{row['time_ratio']:.2f} ({row['run_id']} against {row['against']})" for row in (rows[:1] + rows[-1:])]
+    return f"From {' to '.join(ends)} of the other's time." if rows else ""
+
+
 FINDINGS = {
+    "claims": _claims,
+    "claim_times": _claim_times,
     "val_loss_steps": _ends,
     "val_loss_time": _ends,
     "teachers": _teachers,
     "isolates": _isolates,
+    "step_parts": _parts,
     "steps_saved_trend": _trend,
     "break_even": _break_even,
     "horizon_curve": _horizons,
