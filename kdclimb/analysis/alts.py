@@ -18,7 +18,7 @@ def _ends(data: dict) -> str:
         return ""
     last = max(row["horizon"] for row in rows if row["arm"] == "ce") if any(r["arm"] == "ce" for r in rows) else 0
     point = (data["verdict"] or {}).get("point")
-    rows = [row for row in rows if row["horizon"] == last and (row["arm"] == "ce" or row["label"] == point)]
+    rows = [row for row in rows if row["horizon"] == last and (row["arm"] == "ce" or point in (None, row["label"]))]
     ends = {arm: ", ".join(f"{r['final_val']:.4f}" for r in rows if r["arm"] == arm) for arm in ("ce", "kd")}
     words = [f"{arm.upper()} ends at {losses} nats" for arm, losses in ends.items() if losses]
     target = (data["target"] or {}).get("value")

@@ -65,6 +65,11 @@ def test_the_top_is_the_verdict_with_four_numbers_of_the_csv(campaign, visit):
         assert (report(campaign).parent / link.get_attribute("href")).is_file()
 
 
+def test_the_top_says_why(campaign, visit):
+    answers = [item.inner_text() for item in visit(report(campaign)).locator(".answers li").all()]
+    assert len(answers) == 5 and all(answer.endswith(": ✓ yes") for answer in answers)
+
+
 def test_what_to_try_next_is_the_table_of_advice(campaign, visit):
     page = visit(report(campaign))
     said = [" ".join(item.inner_text().split()) for item in page.locator(".advice li").all()]
@@ -263,7 +268,8 @@ def test_figures_and_controls_have_names(campaign, visit):
 
 def test_where_nothing_met_the_budget_it_says_so(over_budget, visit):
     page = visit(report(over_budget))
-    assert "KD was not tried" in page.locator(".sentence").inner_text()
+    assert "KD was not tried" in page.locator(".sentence").inner_text() and page.locator(".answers").count() == 0
+    assert "Add cheaper teachers" in page.locator(".advice").inner_text()
     assert lines(page) and "none" not in page.locator("#kd-screen").inner_text()
     assert page.locator("#kd-screen").inner_text().count("nothing was screened") == 1
 
@@ -271,7 +277,8 @@ def test_where_nothing_met_the_budget_it_says_so(over_budget, visit):
 def test_an_empty_campaign_says_what_is_missing(empty, visit):
     page = visit(empty)
     assert "0 of 19 runs known so far have ended" in page.locator(".sofar").inner_text()
-    assert "waits for the CE baseline" in page.locator("#teacher-budget").inner_text()
+    missing = page.locator("#not-there-yet tbody tr", has_text="Teacher budget").inner_text()
+    assert "the CE baseline" in missing and "budget.json" in missing
     assert "no run has ended yet" in page.locator("#runs").inner_text() and no_sideways_scroll(page)
 
 

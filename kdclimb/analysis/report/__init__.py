@@ -84,9 +84,8 @@ def report(campaign: str, figures: Path, out: Path, so_far: str = "", **files: P
     folders = {row["run_id"]: os.path.relpath(row["artifact_dir"], out.parent) for row in data["run_pages"] or ()}
     drawn = draw(figures, data)
     page = Page(campaign, data, links, drawn, {name: finding(name, data) for name in drawn}, folders)
-    parts = [
-        section.render(page) if page.has(*section.needs) else missing_section(page, section) for section in SECTIONS
-    ]
+    parts = [section.render(page) for section in SECTIONS if page.has(*section.needs)]
+    parts.append(missing_section(page))
     write_text(out, document(page, parts, so_far))
 
 

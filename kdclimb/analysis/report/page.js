@@ -105,6 +105,7 @@
 
   const escaped = (text) =>
     String(text).replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
+  const rounded = (value) => String(Number(value.toPrecision(3)));
   const cell = (value) => (value === null || value === undefined || value === "" ? "–" : escaped(value));
 
   function nameOf(row) {
@@ -432,7 +433,7 @@
     });
     const ordered = [...parts].sort((a, b) => Math.max(...b.x) - Math.max(...a.x)); // the widest is drawn first
     const annotations = rows.map((row) =>
-      note(`${row.step_ms_median} ms${row.ratio_to_ce == null ? "" : ` (${row.ratio_to_ce} × CE)`}`, {
+      note(`${rounded(row.step_ms_median)} ms${row.ratio_to_ce == null ? "" : ` (${rounded(row.ratio_to_ce)} × CE)`}`, {
         x: row.step_ms_median,
         y: row.label,
         xanchor: "left",

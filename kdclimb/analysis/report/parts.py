@@ -53,10 +53,11 @@ class Page:
         return {row["figure"]: row["value"] for row in self.data["headline"] or ()}
 
     def links(self, *names: str, behind: Iterable[str] | None = None, arms: Iterable[str] = ()) -> str:
-        """Links to the files that the numbers of a section are read from, and to the folders of the runs behind them:
-        those that these tables name, or the tables `behind`, and those of `arms`.
+        """Links to the files, as far as they are there, that the numbers of a section are read from, and to the folders
+        of the runs behind them: those that these tables name, or the tables `behind`, and those of `arms`.
         """
-        parts = (f'<a href="{escape(self.files[n])}">{escape(os.path.basename(self.files[n]))}</a>' for n in names)
+        paths = [self.files[name] for name in names if self.has(name)]
+        parts = (f'<a href="{escape(path)}">{escape(os.path.basename(path))}</a>' for path in paths)
         source = f'<p class="source">Source: {", ".join(parts)}</p>'
         return source + self._folders(self._behind(names if behind is None else behind, arms))
 

@@ -8,6 +8,7 @@ from html import escape
 from typing import NamedTuple
 
 from kdclimb.analysis.ledger import LEDGER_COLUMNS
+from kdclimb.analysis.paired import WORSE
 from kdclimb.analysis.report.parts import (
     ARM_NAMES,
     NOTHING,
@@ -25,6 +26,7 @@ from kdclimb.analysis.report.parts import (
     text,
 )
 from kdclimb.analysis.tables import show_ms, show_number
+from kdclimb.analysis.tested import headline
 
 METRICS = {
     "step": "steps",
@@ -59,7 +61,7 @@ def verdict_section(page: Page) -> str:
     more = f'<p class="more">{escape(rest)}</p>' if rest else ""
     return (
         f'<section class="verdict" id="verdict">{badge}<p class="sentence">{sentence}</p>'
-        f"{_tiles(page)}{_budget_line(page)}{_answers(verdict)}{more}{doubts}{page.warnings('verdict')}"
+        f"{_tiles(page)}{_budget_line(page)}{_answers(page)}{more}{doubts}{page.warnings('verdict')}"
         f"{page.links('headline', 'compare', 'tests', 'verdict')}</section>"
     )
 
@@ -105,24 +107,33 @@ def _budget_line(page: Page) -> str:
     )
 
 
-def _answers(verdict: dict) -> str:
+def _answers(page: Page) -> str:
     """Why: what was asked, and what the tests and the first validations answer; empty where KD was not tried."""
+    verdict = page.data["verdict"]
     if not verdict["point"]:
         return ""
+    tested = headline(page.data["tests"], verdict["point"])
     controls = ", ".join(ARM_NAMES[arm] for arm in verdict["explained_by"] or verdict["not_told_apart_from"])
-    told = not verdict["explained_by"] and not verdict["not_told_apart_from"]
     asked = {
-        "Pays in steps": verdict["kd_pays_steps"],
-        "Pays by complete horizons": verdict["kd_pays_horizon"],
-        "Pays in time, teacher counted": verdict["kd_pays_time_with_teacher"],
-        "Teaches from the first validation on": verdict["kd_alive"]["kd_below_ce"],
-        f"Better than its controls{f' (not than {controls})' if controls else ''}": told,
+        "Pays in steps": (verdict["kd_pays_steps"], tested["crossing"]["steps"]),
+        "Pays by complete horizons": (verdict["kd_pays_horizon"], tested["horizon"]["steps"]),
+        "Pays in time, teacher counted": (
+            verdict["kd_pays_time_with_teacher"],
+            tested["crossing"]["time_with_teacher_ms"],
+        ),
+        "Teaches from the first validation on": (verdict["kd_alive"]["kd_below_ce"], None),
+        f"Better than its controls{f' (not than {controls})' if controls else ''}": (not controls, None),
     }
-    signs = {True: ("good", "&check; yes"), False: ("bad", "&cross; not shown"), None: ("none", "? not known")}
-    items = "".join(
-        f'<li>{escape(what)}: <b class="{signs[found][0]}">{signs[found][1]}</b></li>' for what, found in asked.items()
-    )
+    items = "".join(f"<li>{escape(what)}: {_answer(*found)}</li>" for what, found in asked.items())
     return f'<ul class="answers" aria-label="What the tests answer">{items}</ul>'
+
+
+def _answer(holds: bool | None, test: dict | None) -> str:
+    if holds is None:
+        return '<b class="none">? not known</b>'
+    if holds:
+        return '<b class="good">&check; yes</b>'
+    return f'<b class="bad">&cross; {"no, worse than CE" if test and test["outcome"] == WORSE else "not shown"}</b>'
 
 
 def advice_section(page: Page) -> str:
@@ -414,7 +425,7 @@ def screen_section(page: Page) -> str:
         "Each point of the KD grid at the first horizon, one seed, ranked by steps to target, then by how little the "
         "curve turns up, then by final loss. The best go on to the full horizon."
     )
-    point = page.data["verdict"]["point"]
+    point = (page.data["verdict"] or {}).get("point")
     rows = table(page.data["screen"], columns, "nothing was screened", lambda row: row["label"] == point)
     across = page.figure(
         "sweep_parallel", "One line a point, from its knobs to what came of it; the best is the thick one."
@@ -426,7 +437,10 @@ def screen_section(page: Page) -> str:
 
 def isolates_section(page: Page) -> str:
     lead = "What a step costs: CE alone, with the teacher&rsquo;s forward pass, and with the whole of KD."
-    figure = page.figure("isolates", "Median milliseconds of a step; the first steps are dropped.")
+    figure = page.figure(
+        "isolates",
+        "Median milliseconds of a step, the first ones dropped; the multiple of CE is at one speed of the machine.",
+    )
     failed = [row for row in page.data["isolates"] if row["status"] != "ok"]
     words = "".join(
         f'<p class="empty">{escape(row["label"])}: {escape(row["status"])}: {escape(row["reason"])}</p>'
@@ -538,16 +552,24 @@ AFTER = {  # what a file waits for
 }
 
 
-def missing_section(page: Page, wanted: Section) -> str:
-    """What stands in the place of a section some of whose files are not there yet."""
-    names = [name for name in wanted.needs if not page.has(name)]
-    waits = dict.fromkeys(AFTER.get(name, "the comparison, when all runs have ended") for name in names)
-    words = ", ".join(escape(page.files[name].lstrip("./")) for name in names)
-    return section(wanted.title, f'<span class="empty">Not there yet: waits for {"; ".join(waits)} ({words}).</span>')
+def missing_section(page: Page) -> str:
+    """The sections some of whose files are not there yet, and what each waits for; empty where none is missing."""
+    rows = []
+    for section_ in SECTIONS:
+        if names := [name for name in section_.needs if not page.has(name)]:
+            waits = dict.fromkeys(AFTER.get(name, "the comparison, when all runs have ended") for name in names)
+            files = ", ".join(page.files[name].lstrip("./") for name in names)
+            rows.append({"section": section_.title, "waits": "; ".join(waits), "files": files})
+    columns = [
+        Column("Section", text("section"), words=True),
+        Column("Waits for", text("waits"), words=True),
+        Column("Files", lambda row: f'<span class="words">{text("files")(row)}</span>', words=True),
+    ]
+    return section("Not there yet", "What the rest of the campaign will add.", table(rows, columns, "")) if rows else ""
 
 
 class Section(NamedTuple):
-    needs: tuple[str, ...]  # of the page's data; where one is missing, the section says so instead
+    needs: tuple[str, ...]  # of the page's data; where one is missing, the section is left out and said to be missing
     title: str
     render: Callable[[Page], str]
 
@@ -558,14 +580,14 @@ SECTIONS = (
     Section(("curves", "traces"), "Validation curves", curves_section),
     Section(("trend",), "Where KD saves", trend_section),
     Section(("break_even",), "Break-even", break_even_section),
-    Section(("horizon_curve", "reached"), "Complete horizons", horizon_section),
+    Section(("horizon_curve",), "Complete horizons", horizon_section),
     Section(("tests", "reached", "verdict", "headline"), "How sure", tests_section),
     Section(("compare", "target", "full", "runs"), "Steps and time to the target", compare_section),
     Section(("verdict", "headline", "curves"), "Is KD alive?", alive_section),
     Section(("compare", "controls"), "Controls", controls_section),
     Section(("budget", "headline", "timing"), "Teacher budget", budget_section),
     Section(("teachers", "summary"), "Teachers", teachers_section),
-    Section(("screen", "verdict"), "KD screen", screen_section),
+    Section(("screen",), "KD screen", screen_section),
     Section(("isolates",), "Cost of a step", isolates_section),
     Section(("stop",), "Stop conditions", stop_section),
     Section(("runs", "run_pages"), "Runs", runs_section),
