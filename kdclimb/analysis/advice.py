@@ -131,7 +131,7 @@ def _seeds(row: dict | None) -> list[dict]:
     if row is None or row["outcome"] != UNDECIDED or row["seeds_needed"] is None or row["saved_share"] is None:
         return []
     needed, there = row["seeds_needed"], row["n_pairs"]
-    why = f"a difference like the measured {row['saved_share']:+.1%} takes {show_number(needed)} seeds to be shown"
+    why = f"to show a saving like the measured {row['saved_share']:+.1%} of the steps takes {show_number(needed)} seeds"
     if row["smallest_effect"] is not None:
         why += f"; these {there} could have shown one of {row['smallest_effect']:.0%}"
     what = f"Run {needed} seeds" if needed <= WORTH_RUNNING * there else "Do not count on more seeds"

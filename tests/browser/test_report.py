@@ -216,6 +216,16 @@ def test_a_phone_needs_no_sideways_scroll(campaign, visit, scheme):
     assert no_sideways_scroll(page)
 
 
+def test_a_chart_keeps_its_height_when_the_window_changes(campaign, visit):
+    page = visit(report(campaign))
+    before = drawn(page).bounding_box()
+    page.set_viewport_size({"width": 800, "height": 900})
+    page.wait_for_function(f"document.querySelector('{LOSS} .main-svg').getBoundingClientRect().width < 800")
+    after = page.locator(f"{LOSS} .main-svg").first.bounding_box()
+    page.set_viewport_size({"width": 1200, "height": 900})
+    assert after["height"] == before["height"] > 400
+
+
 def test_without_a_script_words_tables_and_figures_are_there(campaign, visit):
     page = visit(report(campaign), script=False)
     assert page.locator(".sentence").is_visible() and page.locator("#ledger details").is_visible()
@@ -295,3 +305,5 @@ def test_the_seeds_numbers_open_with_charts(seed, visit):
         float(row["final_val"]) for row in ends
     )
     assert lines(page, '[data-chart="teachers"]')
+    alts = page.locator("[data-chart]").evaluate_all("all => all.map(e => e.getAttribute('aria-label'))")
+    assert len(alts) == 4 and all(any(sign.isdigit() for sign in alt) for alt in alts), alts

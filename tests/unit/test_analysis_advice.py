@@ -84,7 +84,9 @@ def test_grids_are_widened_where_a_choice_lies_on_their_edge():
 @pytest.mark.parametrize("needed, what", [(12, "Run 12 seeds"), (13, "Do not count on more seeds")])
 def test_seeds(needed, what):
     row = only(tested=[CROSSING | {"seeds_needed": needed, "smallest_effect": 0.5}])
-    assert row["what"] == what and f"+2.0% takes {needed} seeds" in row["why"] and "one of 50%" in row["why"]
+    assert (
+        row["what"] == what and f"+2.0% of the steps takes {needed} seeds" in row["why"] and "one of 50%" in row["why"]
+    )
 
 
 def test_a_verdict_that_is_there_needs_no_more_seeds():

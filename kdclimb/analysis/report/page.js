@@ -336,7 +336,7 @@
               mode: kind === "rejected" ? "markers" : "markers+text",
               name: kind,
               text: mine.map((row) => escaped(row.candidate)),
-              textposition: "top center",
+              textposition: mine.map((_, i) => (i % 2 ? "bottom center" : "top center")), // neighbours stay apart
               textfont: { size: 10, color: css("ink") },
               cliponaxis: false,
               x: mine.map((row) => row.train_time_ms),
