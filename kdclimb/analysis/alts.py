@@ -11,6 +11,11 @@ def finding(name: str, data: dict) -> str:
     return said(data) if said else ""
 
 
+def facts(data: dict) -> dict[str, float | None]:
+    """The figures that sentences hold, each a cell of headline.csv."""
+    return {row["figure"]: row["value"] for row in data["headline"] or ()}
+
+
 def _ends(data: dict) -> str:
     """Where CE and KD ended at the longest horizon, seed by seed."""
     rows = [row for row in data["runs"] or () if row["arm"] in ("ce", "kd") and row["final_val"] is not None]
@@ -21,7 +26,7 @@ def _ends(data: dict) -> str:
     rows = [row for row in rows if row["horizon"] == last and (row["arm"] == "ce" or point in (None, row["label"]))]
     ends = {arm: ", ".join(f"{r['final_val']:.4f}" for r in rows if r["arm"] == arm) for arm in ("ce", "kd")}
     words = [f"{arm.upper()} ends at {losses} nats" for arm, losses in ends.items() if losses]
-    target = (data["target"] or {}).get("value")
+    target = facts(data).get("target")
     return "; ".join(words) + (f"; the target is {target:.4f}." if target is not None else ".") if words else ""
 
 
@@ -90,12 +95,10 @@ def _sweep(data: dict) -> str:
 
 
 def _alive(data: dict) -> str:
-    if data["verdict"] is None:
-        return ""
-    alive, parts = data["verdict"]["kd_alive"], []
+    known, parts = facts(data), []
     for name, key in {"KD": "kd", "CE": "ce", "KD from a random teacher": "random"}.items():
-        if alive[f"first_val_{key}"] is not None:
-            parts.append(f"{name} {alive[f'first_val_{key}']:.4f}")
+        if known.get(f"first_val_{key}") is not None:
+            parts.append(f"{name} {known[f'first_val_{key}']:.4f}")
     return f"First validation (nats): {', '.join(parts)}." if parts else ""
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdclimb.analysis.advice import ADVICE_COLUMNS, advice_rows
+from kdclimb.analysis.budget import BUDGET_KEYS
 from kdclimb.analysis.cautions import WARNING_COLUMNS, warning_rows
 from kdclimb.analysis.compare import COMPARE_COLUMNS, TEACHER_COLUMNS
 from kdclimb.analysis.savings import BREAK_EVEN_COLUMNS, TREND_COLUMNS
@@ -39,6 +40,7 @@ FACTS = {  # figures that the page's sentences hold: the decision that each is f
     "teacher_final_val": ("selected", "final_val"),
     "target": ("target", "value"),
     "fixed_target": ("target", "fixed"),
+    "full_horizon": ("verdict", "horizon"),
     "budget_share": ("verdict", "budget_share"),
     "first_val_kd": ("verdict", "kd_alive.first_val_kd"),
     "first_val_ce": ("verdict", "kd_alive.first_val_ce"),
@@ -76,10 +78,10 @@ def details(
 ) -> None:
     """Write the tables of OUTPUTS, each to `out_<name>`, from all runs, the decisions and the comparison."""
     decisions = {
-        "budget": read_json(budget, ["budget_ms"]),
+        "budget": read_json(budget, BUDGET_KEYS),
         "selected": read_json(selected, SELECTED_KEYS),
         "target": read_json(target, TARGET_KEYS),
-        "verdict": read_json(verdict),
+        "verdict": read_json(verdict, ["point", "horizon", "budget_share", "kd_alive", "explained_by", "rules"]),
     }
     rows, tested = read_csv(compare, COMPARE_COLUMNS), read_csv(tests, VERDICT_COLUMNS)
     tables = tables_of(runs, decisions["selected"], decisions["verdict"], confidence)

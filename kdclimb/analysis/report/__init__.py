@@ -1,7 +1,7 @@
 """The report of a campaign: one self-contained HTML page to open, to read and to send.
 
-It computes nothing. Each number on the page is a cell of a CSV or JSON file that the page links to, rounded for
-reading; its charts are drawn by the page's own script from the same cells.
+It computes nothing. Each number on the page is a cell of a CSV file that the page links to, rounded for reading; its
+charts are drawn by the page's own script from the same cells.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import NamedTuple
 
+from kdclimb.analysis.alts import facts
 from kdclimb.analysis.figures import ARM_STYLE
 from kdclimb.analysis.tables import show_ms, show_number
 
@@ -49,8 +50,7 @@ class Page:
 
     @property
     def facts(self) -> dict[str, float | None]:
-        """The figures that sentences hold, each a cell of headline.csv."""
-        return {row["figure"]: row["value"] for row in self.data["headline"] or ()}
+        return facts(self.data)
 
     def links(self, *names: str, behind: Iterable[str] | None = None, arms: Iterable[str] = ()) -> str:
         """Links to the files, as far as they are there, that the numbers of a section are read from, and to the folders
@@ -103,8 +103,8 @@ class Page:
     @property
     def horizon(self) -> int:
         """The longest that CE was planned for, where arms are compared."""
-        if self.data["verdict"] is not None:
-            return self.data["verdict"]["horizon"]
+        if self.facts.get("full_horizon") is not None:
+            return int(self.facts["full_horizon"])
         return max((row["horizon"] for row in self.data["curves"] or () if row["arm"] == "ce"), default=0)
 
 
