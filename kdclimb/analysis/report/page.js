@@ -404,13 +404,13 @@
   }
 
   const HUES_OF_PARTS = ["muted", "random", "ce", "kd", "boost", "ink"];
+  const PATTERNS = ["", "/", "x", ".", "-", "\\", "+"];
 
   // Each isolate holds all of those above it that are shorter: drawn one over the other, the widest first, a stack.
   function isolateChart() {
     const rows = table("isolates").filter((row) => row.step_ms_median != null);
     const names = rows.map((row) => row.label);
     const hues = ["ce", "random", "kd", "boost", "muted"];
-    const patterns = ["", "/", "x", ".", "-"];
     const parts = rows.map((part, i) => {
       const holding = rows.filter((row, j) => j === i || (j > i && row.step_ms_median >= part.step_ms_median));
       return {
@@ -423,7 +423,7 @@
         customdata: holding.map(() => part.run_id),
         marker: {
           color: css(hues[i % 5]),
-          pattern: { shape: patterns[i % 5], fillmode: "overlay", fgcolor: css("card"), size: 7 },
+          pattern: { shape: PATTERNS[i % 5], fillmode: "overlay", fgcolor: css("card"), size: 7 },
           line: { color: css("card"), width: 1 },
         },
         hovertemplate: holding.map(() =>
@@ -432,8 +432,9 @@
       };
     });
     const ordered = [...parts].sort((a, b) => Math.max(...b.x) - Math.max(...a.x)); // the widest is drawn first
+    const ratio = (row) => (row.ratio_to_ce == null ? "" : ` (${rounded(row.ratio_to_ce)} × CE)`);
     const annotations = rows.map((row) =>
-      note(`${rounded(row.step_ms_median)} ms${row.ratio_to_ce == null ? "" : ` (${rounded(row.ratio_to_ce)} × CE)`}`, {
+      note(`${rounded(row.step_ms_median)} ms${ratio(row)}`, {
         x: row.step_ms_median,
         y: row.label,
         xanchor: "left",
@@ -470,7 +471,7 @@
       customdata: mine.map((row) => row.run_id),
       marker: {
         color: css(HUES_OF_PARTS[i % 6]),
-        pattern: { shape: ["", "/", "x", ".", "-", "\\", "+"][i % 7], fillmode: "overlay", fgcolor: css("card"), size: 7 },
+        pattern: { shape: PATTERNS[i % 7], fillmode: "overlay", fgcolor: css("card"), size: 7 },
         line: { color: css("card"), width: 1 },
       },
       hovertemplate: mine.map((row) =>
@@ -509,7 +510,8 @@
 
   function horizonChart() {
     const parts = [];
-    for (const rows of [...grouped(table("horizon_curve"), "arm").values()].flatMap((mine) => [...grouped(mine, "label").values()])) {
+    const arms = [...grouped(table("horizon_curve"), "arm").values()];
+    for (const rows of arms.flatMap((mine) => [...grouped(mine, "label").values()])) {
       const { arm, label } = rows[0],
         hue = colour(arm),
         name = arm === "ce" ? "CE" : `KD ${label}`.trim();
@@ -536,7 +538,13 @@
           visible: known.length > 0,
         },
         hovertemplate: means.map((row) =>
-          hover(row.n_seeds == null ? name : `${name}, mean of ${row.n_seeds} seeds`, row, ["horizon", "final_val", "fitted", "low", "high"]),
+          hover(row.n_seeds == null ? name : `${name}, mean of ${row.n_seeds} seeds`, row, [
+            "horizon",
+            "final_val",
+            "fitted",
+            "low",
+            "high",
+          ]),
         ),
       });
       const ids = seeds.map(
@@ -559,7 +567,9 @@
         y: seeds.map((row) => row.final_val),
         customdata: ids,
         marker: { color: hue, symbol: SYMBOLS[arm], size: 9, opacity: 0.75 },
-        hovertemplate: seeds.map((row) => hover(row.run_id ?? `${name}, seed ${row.seed}`, row, ["horizon", "final_val", "fitted"])),
+        hovertemplate: seeds.map((row) =>
+          hover(row.run_id ?? `${name}, seed ${row.seed}`, row, ["horizon", "final_val", "fitted"]),
+        ),
       });
     }
     const ticks = [...new Set(table("horizon_curve").map((row) => row.horizon))];
@@ -857,8 +867,8 @@
   // Paper is light and narrow, whatever the screen is.
   function onPaper(yes) {
     document.documentElement.toggleAttribute("data-paper", yes);
-    drawAll();
     redraw(null, true);
+    drawAll();
     charts.forEach(([box, chart]) => box.isConnected && draw(box, chart, true));
   }
 
@@ -955,7 +965,8 @@
       ),
     );
     const heading = el("tr", {}, ...head.map((text) => el("th", { className: "left", scope: "col" }, text)));
-    return el("div", { className: "scroll", tabIndex: 0 }, el("table", {}, el("thead", {}, heading), el("tbody", {}, ...rows)));
+    const whole = el("table", {}, el("thead", {}, heading), el("tbody", {}, ...rows));
+    return el("div", { className: "scroll", tabIndex: 0 }, whole);
   }
 
   const HUES = [
@@ -1154,7 +1165,8 @@
   $("#find")?.addEventListener("input", ({ target }) => find(target.value));
   addEventListener("hashchange", route);
   addEventListener("click", ({ target }) => {
-    if (target.closest("#report, #chosen") && target.matches('a[href^="#run"]')) left = { link: target, top: scrollY };
+    const inside = target.closest("#report, #chosen");
+    if (inside && target.matches('a[href^="#run"]')) left = { link: target, top: scrollY };
   });
   addEventListener("beforeprint", () => onPaper(true));
   addEventListener("afterprint", () => onPaper(false));
