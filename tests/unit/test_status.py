@@ -76,6 +76,12 @@ def test_a_finished_campaign_has_no_stage_left(halfway):
     assert not (halfway.made.out / "so_far").exists()  # status changes nothing
 
 
+def test_the_page_so_far_of_a_finished_campaign_is_whole(halfway):
+    halfway.made.run_all()
+    page = halfway.page()
+    assert 'data-cell="steps_saved"' in page and "KD pays in steps" in page and "not-there-yet" not in page
+
+
 def test_a_run_in_flight_has_its_step_loss_and_time_left(halfway):
     halfway.made.baseline()
     run = next(run for run in halfway.made.expanded("ce") if run.config.schedule.horizon == 300)
