@@ -62,7 +62,7 @@ def verdict_section(page: Page) -> str:
     return (
         f'<section class="verdict" id="verdict">{badge}<p class="sentence">{sentence}</p>'
         f"{_tiles(page)}{_budget_line(page)}{_answers(page)}{more}{doubts}{page.warnings('verdict')}"
-        f"{page.links('headline', 'compare', 'tests', 'verdict')}</section>"
+        f"{page.links('headline', 'compare', 'tests', 'verdict', behind=('full', 'controls'), arms=('ce',))}</section>"
     )
 
 
@@ -221,7 +221,7 @@ def curves_section(page: Page) -> str:
         page.figure("val_loss_steps", words, controls),
         f'<div class="static">{page.figure("val_loss_time", timed)}</div>',
         f'<div class="pair">{deltas}{rate}</div>',
-        page.links("curves", "traces"),
+        page.links("curves", "traces", behind=("full", "controls"), arms=("ce", "kd", "ngram", "log")),
     )
 
 
@@ -251,7 +251,7 @@ def compare_section(page: Page) -> str:
     notes = sorted({row["time_note"] for row in page.data["compare"] if row["time_note"]})
     notes = "".join(f'<p class="empty">{escape(note)}</p>' for note in notes)
     parts = page.warnings("compare"), table(rows, COMPARED, "no run to compare"), notes
-    parts += (page.links("compare", "full", "runs"),)
+    parts += (page.links("compare", "full", "runs", behind=("full",), arms=("ce", "log")),)
     return section("Steps and time to the target", lead, *parts)
 
 
@@ -310,7 +310,7 @@ def tests_section(page: Page) -> str:
     tuning = "".join(f'<p class="empty">{escape(verdict[key])}</p>' for key in ("tuning", "ngram") if verdict[key])
     judged = [row for row in page.data["tests"] if row["cost"] != "tokens"]
     parts = page.warnings("tests"), table(judged, columns, "nothing was compared"), tuning
-    parts += (page.links("tests", "reached", "tuning", "ce_screen", behind=("compare",)),)
+    parts += (page.links("tests", "reached", "tuning", "ce_screen", behind=("full", "controls"), arms=("ce", "ngram")),)
     return section("How sure", lead, *parts)
 
 
@@ -355,7 +355,13 @@ def controls_section(page: Page) -> str:
         "steps has a horizon of its own, and is compared by its end."
     )
     rows = table(rows, COMPARED, "no control was run")
-    return section("Controls", lead, page.warnings("controls"), rows, page.links("controls", "compare"))
+    return section(
+        "Controls",
+        lead,
+        page.warnings("controls"),
+        rows,
+        page.links("controls", "compare", behind=("controls",), arms=("ce",)),
+    )
 
 
 def candidate(row: dict) -> str:
@@ -394,7 +400,14 @@ def teachers_section(page: Page) -> str:
         "teachers",
         "Training time against loss. Left of the dashed line is within the budget; the rejected are grey.",
     )
-    return section("Teachers", lead, page.warnings("teachers"), figure, rows, page.links("teachers", "summary"))
+    return section(
+        "Teachers",
+        lead,
+        page.warnings("teachers"),
+        figure,
+        rows,
+        page.links("teachers", "summary", behind=("teachers",)),
+    )
 
 
 def stop_section(page: Page) -> str:
