@@ -6,10 +6,11 @@ from kdclimb.analysis.paired import UNDECIDED
 from kdclimb.analysis.tables import show_ms, show_number
 from kdclimb.analysis.targets import TEACHERS
 from kdclimb.analysis.tested import find
-from kdclimb.analysis.verdict import CONTROL_NAMES
+from kdclimb.analysis.verdict import CONTROL_NAMES, TIMES
 
 ADVICE_COLUMNS = ("what", "why", "keys", "source")
 GRIDS = {"kd": "kd.grid", "ce": "controls.ce_grid"}
+LEAD = 1.0  # steps: a smaller lead is none
 WORTH_RUNNING = 4  # times the seeds that there are: an effect that needs more is too small for this campaign
 
 
@@ -25,7 +26,7 @@ def advice_rows(
     point = verdict["point"]
     if verdict["budget_share"] is None:
         return _cheaper_teachers(teachers)
-    rows = [*_alive(verdict["kd_alive"]), *_explained(verdict)]
+    rows = [*_refused(verdict["not_claimable_because"]), *_alive(verdict["kd_alive"]), *_explained(verdict)]
     rows += _break_even([row for row in break_even if row["label"] == point], verdict["budget_share"])
     rows += _lost_lead([row for row in trend if row["label"] == point])
     rows += [row for arm in tuning for row in _edge(arm)]
@@ -48,6 +49,12 @@ def _cheaper_teachers(teachers: list[dict]) -> list[dict]:
         f"budget of {show_ms(nearest['budget_ms'])}"
     )
     return [_row("Add cheaper teachers", why, "teacher.candidates", "teachers.csv")]
+
+
+def _refused(doubts: list[str]) -> list[dict]:
+    """Of times that may not be compared."""
+    why = "; ".join(doubt.removeprefix(TIMES) for doubt in doubts if doubt.startswith(TIMES))
+    return [_row("Time these runs again, alone", why, "python -m kdclimb retry --run", "compare.csv")] if why else []
 
 
 def _alive(alive: dict) -> list[dict]:
@@ -100,7 +107,7 @@ def _lost_lead(rows: list[dict]) -> list[dict]:
         mine = [row for row in rows if row["seed"] == seed]
         best = max((row for row in mine if row["steps_saved"] is not None), key=_saved, default=None)
         last = mine[-1]
-        if best is None or best["steps_saved"] <= 0 or (last["steps_saved"] or 0) > 0:
+        if best is None or best["steps_saved"] < LEAD or (last["steps_saved"] or 0) > 0:
             return []
         lost = "never there" if last["steps_saved"] is None else f"{show_number(-last['steps_saved'])} behind"
         ahead = f"{show_number(best['steps_saved'])} steps ahead at {best['val_loss']:.4f} nats"

@@ -75,8 +75,11 @@ def _trend(data: dict) -> str:
 
 
 def _break_even(data: dict) -> str:
-    rows = [row for row in data["break_even"] or () if row["needed"] is not None and row["measured"] is not None]
-    parts = [f"{row['target_value']:.4f}: {row['needed']:.0%} needed, {row['measured']:.0%} measured" for row in rows]
+    rows = [row for row in data["break_even"] or () if row["measured"] is not None]
+    parts = []
+    for row in rows:
+        needed = "how much is needed is not known" if row["needed"] is None else f"{row['needed']:.0%} needed"
+        parts.append(f"{row['target_value']:.4f}: {row['measured']:.0%} measured, {needed}")
     return f"Share of steps saved, by target: {'; '.join(parts)}." if parts else ""
 
 

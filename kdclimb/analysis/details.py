@@ -81,7 +81,9 @@ def details(
         "budget": read_json(budget, BUDGET_KEYS),
         "selected": read_json(selected, SELECTED_KEYS),
         "target": read_json(target, TARGET_KEYS),
-        "verdict": read_json(verdict, ["point", "horizon", "budget_share", "kd_alive", "explained_by", "rules"]),
+        "verdict": read_json(
+            verdict, ["point", "horizon", "budget_share", "kd_alive", "explained_by", "rules", "not_claimable_because"]
+        ),
     }
     rows, tested = read_csv(compare, COMPARE_COLUMNS), read_csv(tests, VERDICT_COLUMNS)
     tables = tables_of(runs, decisions["selected"], decisions["verdict"], confidence)

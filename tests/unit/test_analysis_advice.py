@@ -10,7 +10,7 @@ from kdclimb.analysis.tested import VERDICT_COLUMNS
 POINT = "T1"
 ALIVE = {"kd_below_ce": True, "random_below_ce": False}
 ALIVE |= {"first_val_kd": 5.3, "first_val_ce": 5.5, "first_val_random": 7.0}
-VERDICT = {"point": POINT, "budget_share": 0.4, "kd_alive": ALIVE, "explained_by": []}
+VERDICT = {"point": POINT, "budget_share": 0.4, "kd_alive": ALIVE, "explained_by": [], "not_claimable_because": []}
 EVEN = dict.fromkeys(BREAK_EVEN_COLUMNS) | {"label": POINT, "target_value": 4.4, "amortize": 10}
 EVEN |= {"teacher_share": 0.12, "overhead": 0.15, "kd_share_of_steps": 0.3, "needed": 0.16, "needed_amortized": 0.05}
 TESTED = dict.fromkeys(VERDICT_COLUMNS) | {"arm": "kd", "label": POINT, "against": "ce", "target": "teacher_final_val"}
@@ -70,9 +70,15 @@ def test_a_lead_that_every_seed_loses():
     assert "seed 1 is 1 steps ahead at 5.0000 nats, never there at 4.9000" in row["why"]
 
 
-@pytest.mark.parametrize("kept", [(2.3, 1.0), (-1.0, -2.0), (None,)])
+@pytest.mark.parametrize("kept", [(2.3, 1.0), (-1.0, -2.0), (0.9, -1.0), (None,)])
 def test_a_lead_that_one_seed_keeps_or_never_had_says_nothing(kept):
     assert advised(trend=lead(0, 2.3, -1.0) + lead(1, *kept)) == []
+
+
+def test_times_that_were_refused_are_to_be_taken_again():
+    doubts = ["times only: the run shared its device", "the campaign is exploratory: a lock was lifted"]
+    row = only(verdict=VERDICT | {"not_claimable_because": doubts})
+    assert (row["why"], row["source"]) == ("the run shared its device", "compare.csv")
 
 
 def test_grids_are_widened_where_a_choice_lies_on_their_edge():

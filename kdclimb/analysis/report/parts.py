@@ -82,10 +82,11 @@ class Page:
 
     def figure(self, name: str, caption: str, controls: str = "") -> str:
         """A figure: drawn by matplotlib, and once the page's script runs drawn again to be explored."""
-        plot, alt = self.drawn.get(name, ""), escape(self.alts.get(name) or name.replace("_", " "))
+        plot, alt = self.drawn.get(name, ""), escape(self.alts.get(name, ""))
         if not plot:
             return '<figure><p class="empty">Nothing to draw.</p></figure>'
-        picture = f'<div class="plot" data-chart="{name}" role="img" aria-label="{alt}">{plot}</div>'
+        label = alt or name.replace("_", " ")
+        picture = f'<div class="plot" data-chart="{name}" role="img" aria-label="{label}">{plot}</div>'
         return f'<figure>{controls}{picture}<figcaption>{caption} <span class="alt">{alt}</span></figcaption></figure>'
 
     def warnings(self, place: str) -> str:
