@@ -24,7 +24,8 @@ def shoot(report: Path, out: Path, width: int, height: int, dark: bool) -> None:
         page = browser.new_page(viewport=size, color_scheme="dark" if dark else "light")
         page.goto(report.resolve().as_uri())
         page.wait_for_selector("html[data-ready]", state="attached")
-        page.evaluate("dispatchEvent(new Event('beforeprint'))")  # which draws the charts that are out of sight too
+        for event in ("beforeprint", "afterprint"):  # which draws the charts that are out of sight too
+            page.evaluate(f"dispatchEvent(new Event('{event}'))")
         page.wait_for_function("document.querySelectorAll('.drawn .main-svg').length > 0")
         page.wait_for_timeout(1000)  # for the last of them to settle
         page.screenshot(path=out, full_page=height == 0)

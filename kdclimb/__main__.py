@@ -3,7 +3,7 @@ between machines; and teachers and runs from elsewhere.
 
 python -m kdclimb explain kd.stop_margin              # one key; a section lists its keys
 python -m kdclimb plan --configfile config/h100.yaml  # runs, tokens and time, before anything runs
-python -m kdclimb status                              # how far the campaign is
+python -m kdclimb status                              # how far the campaign is, as it goes on
 python -m kdclimb report                              # the report of what is there, at any moment
 python -m kdclimb retry --status oom                  # every run that ended out of memory
 python -m kdclimb retry --run ce-3x128-100-s0-...     # this run, however it ended
@@ -17,6 +17,7 @@ python -m kdclimb import-teacher state_best.pt --layers 3 --heads 6 --windows-pa
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import shutil
 import sys
@@ -82,11 +83,22 @@ def _add_explain(commands, config) -> None:
 
 
 def _add_state(commands, config, results) -> None:
-    status = commands.add_parser("status", help="how far a campaign is", parents=[config, results])
+    about = "how far a campaign is: on a terminal until its last run ends or Ctrl-C, else once"
+    status = commands.add_parser("status", help=about, description=about, parents=[config, results])
     status.set_defaults(call=tell_status)
+    status.add_argument("--once", action="store_true", help="print it once, on a terminal too")
+    every = "read it again so often (default: 5)"
+    status.add_argument("--every", type=_positive, default=5.0, metavar="SECONDS", help=every)
     about = "the report of an unfinished campaign, from what is there, in its folder so_far/"
     page = commands.add_parser("report", help=about, description=about, parents=[config, results])
     page.set_defaults(call=report_so_far)
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0")
+    return value
 
 
 def _add_retry(commands, results) -> None:
@@ -154,8 +166,11 @@ def tell_status(args: argparse.Namespace) -> str:
     from kdclimb import status
 
     root, console = schema_path().parent.parent, Console()
+    reader = status.Reader(load(explain.read_config(args.configfile), root), root, args.results)
+    lasting = console.is_terminal and not args.once
+    found = status.watch(reader, console, args.every) if lasting else reader.read()
     with console.capture() as captured:
-        status.show(status.state(load(explain.read_config(args.configfile), root), root, args.results), console)
+        console.print(status.view(found))
     return captured.get().rstrip()
 
 
@@ -166,7 +181,7 @@ def report_so_far(args: argparse.Namespace) -> str:
 
     root = schema_path().parent.parent
     campaign = load(explain.read_config(args.configfile), root)
-    found, folder = status.state(campaign, root, args.results), args.results / campaign.campaign
+    found, folder = status.Reader(campaign, root, args.results).read(), args.results / campaign.campaign
     page = so_far.report_so_far(campaign, found.planned.named, folder, args.results / "runs", found.words)
     return f"{found.words}\nwritten: {page}"
 

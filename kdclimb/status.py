@@ -1,9 +1,10 @@
-"""How far a campaign is, for the terminal: stages, runs in flight, the best so far, the budget."""
+"""How far a campaign is, for the terminal: stages, runs in flight, the best so far, the budget; once, or lasting."""
 
 from __future__ import annotations
 
 import fcntl
 import json
+import os
 import re
 import time
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console, Group
+from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -35,6 +37,7 @@ STAGES = {  # arms that are one stage to who waits for them
 }
 VALIDATION = re.compile(r"^step (\d+)/(\d+) val_loss ([\d.]+)", re.MULTILINE)
 ATTEMPT = re.compile(r"^attempt \d+", re.MULTILINE)
+NICENESS = 19  # of whoever watches: the runs that are watched are timed
 
 
 @dataclass(frozen=True)
@@ -72,19 +75,42 @@ class State:
         more = f"; at most {later} more follow, by what is decided" if later else ""
         return f"{done} of {named} runs known so far have ended, {len(self.flying)} in flight{more}."
 
+    @property
+    def over(self) -> bool:
+        """Whether no run is left to wait for."""
+        known = {run.run_id for run in self.planned.named}
+        return not self.planned.later and known <= {run.run_id for run in self.done}
 
-def state(campaign: Campaign, root: Path, results: Path) -> State:
-    """Read where the campaign stands; changes nothing. Raises AnalysisError where a finished run can't be read."""
-    folder, runs = results / campaign.campaign, results / "runs"
-    planned = what_runs(campaign, read_decisions(folder), data_id(campaign, root))
-    return State(
-        campaign,
-        planned,
-        ended(campaign, planned.named, runs),
-        list(in_flight(planned.named, runs)),
-        _json(folder / "budget.json"),
-        _json(folder / "teacher/selected.json"),
-    )
+
+class Reader:
+    """Reads where a campaign stands, again and again, and nothing twice that did not change. Changes nothing."""
+
+    def __init__(self, campaign: Campaign, root: Path, results: Path):
+        self.campaign, self.data = campaign, data_id(campaign, root)
+        self.folder, self.runs = results / campaign.campaign, results / "runs"
+        self._planned: tuple[dict, Planned] | None = None
+        self._read: dict[str, tuple[int, RunFolder]] = {}  # by flag, with the time of the run's status
+
+    def read(self) -> State:
+        """Raises AnalysisError where a finished run can't be read."""
+        decisions = read_decisions(self.folder)
+        if self._planned is None or self._planned[0] != decisions:
+            self._planned = decisions, what_runs(self.campaign, decisions, self.data)
+        planned = self._planned[1]
+        return State(
+            self.campaign,
+            planned,
+            ended(self.campaign, planned.named, self.runs, self._run),
+            list(in_flight(planned.named, self.runs)),
+            _json(self.folder / "budget.json"),
+            _json(self.folder / "teacher/selected.json"),
+        )
+
+    def _run(self, flag: str) -> RunFolder:
+        written = (Path(flag.split("|")[2]) / "status.json").stat().st_mtime_ns
+        if flag not in self._read or self._read[flag][0] != written:
+            self._read[flag] = written, RunFolder.read(flag)
+        return self._read[flag][1]
 
 
 def _json(path: Path) -> dict:
@@ -131,10 +157,24 @@ def is_held(state_folder: Path) -> bool:
     return False
 
 
-def show(found: State, console: Console) -> None:
-    """Print it."""
+def watch(reader: Reader, console: Console, every: float) -> State:
+    """Show it anew every so many seconds, until no run is left to wait for or Ctrl-C; returns what was seen last."""
+    os.nice(NICENESS)
+    found, hint = reader.read(), Text(f"read again every {every:g} s; Ctrl-C ends this, and nothing else", style="dim")
+    with Live(console=console, auto_refresh=False, transient=True, vertical_overflow="visible") as live:
+        try:
+            while not found.over:
+                live.update(Group(view(found), hint), refresh=True)
+                time.sleep(every)
+                found = reader.read()
+        except KeyboardInterrupt:
+            pass
+    return found
+
+
+def view(found: State) -> Group:
     title = Text(f"campaign {found.campaign.campaign}", style="bold")
-    console.print(Group(title, Text(found.words), _stages(found), *_flying(found), *_best(found)))
+    return Group(title, Text(found.words), _stages(found), *_flying(found), *_best(found), _budget(found))
 
 
 def _stages(found: State) -> Table:
@@ -169,7 +209,7 @@ def _flying(found: State) -> list:
 
 
 def _best(found: State) -> list[Text]:
-    """The lowest final losses of CE and KD, and what the teacher took of its budget."""
+    """The lowest final losses of CE, KD and the teachers."""
     lines = []
     for name, arms in {"CE": ("ce",), "KD": ("kd", "screen"), "teacher": ("teacher", "imported")}.items():
         runs = [run for run in found.done if run.arm in arms and run.ok and run.summary["final_val"] is not None]
@@ -177,8 +217,15 @@ def _best(found: State) -> list[Text]:
             best = min(runs, key=lambda run: run.summary["final_val"])
             what = f"{best.label}, {best.horizon} steps, seed {best.config.seed}"
             lines.append(Text(f"best {name} so far: {best.summary['final_val']:.4f} nats ({what})"))
+    return lines
+
+
+def _budget(found: State) -> Text | Table:
+    """What the teacher took of its budget."""
     budget, teacher = found.budget.get("budget_ms"), found.selected.get("train_time_ms")
     if budget is None:
-        return [*lines, Text("budget: not set yet, it waits for the CE baseline")]
+        return Text("budget: not set yet, it waits for the CE baseline")
     spent = "no teacher selected yet" if teacher is None else f"{show_ms(teacher)} spent, {teacher / budget:.0%}"
-    return [*lines, Text(f"budget: {show_ms(budget)}; {spent}")]
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_row(f"budget: {show_ms(budget)}; {spent}", ProgressBar(total=budget, completed=teacher or 0, width=20))
+    return table

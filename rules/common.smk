@@ -246,6 +246,11 @@ def assets_hash():
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
+def file_hash(path):
+    """Of a file that a rule reads if it is there; empty where it is not."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12] if Path(path).is_file() else ""
+
+
 def teacher_checkpoints(*configs):
     ids = {config.grown_from if config.kd is None else config.kd.teacher for config in configs} - {None}
     return [f"results/runs/{run_id}/checkpoints" for run_id in sorted(ids)]

@@ -88,15 +88,20 @@ rule compare:
         " --out-teachers {output.teachers} --out-verdict {output.verdict} > {log} 2>&1"
 
 
-# What only the page reads: steps, horizons, configs and warnings. It shows them, and computes nothing.
+# What only the page reads: steps, horizons, configs, warnings and advice. It shows them, and computes nothing.
 rule details:
     input:
         runs=summaries(*ALL_ARMS, after="kd_promote"),
         budget=f"{RESULTS}/budget.json",
         selected=f"{RESULTS}/teacher/selected.json",
+        target=f"{RESULTS}/target.json",
         compare=f"{RESULTS}/tables/compare.csv",
         tests=f"{RESULTS}/tables/verdict.csv",
         verdict=f"{RESULTS}/verdict.json",
+        tuning=f"{RESULTS}/tables/tuning.csv",
+        break_even=f"{RESULTS}/tables/break_even.csv",
+        trend=f"{RESULTS}/tables/steps_saved_trend.csv",
+        teachers=f"{RESULTS}/tables/teachers.csv",
     output:
         traces=f"{RESULTS}/tables/traces.csv",
         horizon_curve=f"{RESULTS}/tables/horizon_curve.csv",
@@ -112,6 +117,11 @@ rule details:
             caption="../workflow/report/headline.rst",
             category="Verdict",
         ),
+        advice=report(
+            f"{RESULTS}/tables/advice.csv",
+            caption="../workflow/report/advice.rst",
+            category="Verdict",
+        ),
     log:
         f"{RESULTS}/logs/details.log",
     conda:
@@ -122,9 +132,12 @@ rule details:
         code=code("details"),
     shell:
         "python workflow/scripts/details.py {params.runs} --budget {input.budget} --selected {input.selected}"
+        " --target {input.target} --tuning {input.tuning} --break-even {input.break_even} --trend {input.trend}"
+        " --teachers {input.teachers}"
         " --compare {input.compare} --tests {input.tests} --verdict {input.verdict} --confidence {params.confidence}"
         " --out-traces {output.traces} --out-horizon-curve {output.horizon_curve} --out-run-pages {output.run_pages}"
-        " --out-run-configs {output.run_configs} --out-warnings {output.warnings} --out-headline {output.headline} > {log} 2>&1"
+        " --out-run-configs {output.run_configs} --out-warnings {output.warnings} --out-headline {output.headline}"
+        " --out-advice {output.advice} > {log} 2>&1"
 
 
 rule ledger:

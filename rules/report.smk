@@ -6,8 +6,9 @@ localrules:
 
 FIGURES = (
     "val_loss_steps val_loss_time teachers kd_alive isolates steps_saved_trend step_deltas lr_phases horizon_curve break_even"
-    " sweep_parallel sweep_knobs"
+    " sweep_parallel sweep_knobs step_parts"
 ).split()
+PROFILE = f"{RESULTS}/kd/profile.csv"
 
 
 rule report:
@@ -36,6 +37,7 @@ rule report:
         run_configs=f"{RESULTS}/tables/run_configs.csv",
         warnings=f"{RESULTS}/tables/warnings.csv",
         headline=f"{RESULTS}/tables/headline.csv",
+        advice=f"{RESULTS}/tables/advice.csv",
         budget=f"{RESULTS}/budget.json",
         selected=f"{RESULTS}/teacher/selected.json",
         target=f"{RESULTS}/target.json",
@@ -73,7 +75,7 @@ rule report:
             category="KD sweep",
         ),
         isolates=report(
-            f"{RESULTS}/figures/isolates.svg",
+            multiext(f"{RESULTS}/figures/", "isolates.svg", "step_parts.svg"),
             caption="../workflow/report/isolates.rst",
             category="Cost of a step",
         ),
@@ -89,6 +91,9 @@ rule report:
         campaign=CAMPAIGN.campaign,
         code=code("report"),
         assets=assets_hash(),
+        # Shown if it is there, but no input: then every campaign would have to profile.
+        profile=PROFILE,
+        profiled=lambda wildcards: file_hash(PROFILE),
     shell:
         "python workflow/scripts/report.py --curves {input.curves} --runs {input.runs} --compare {input.compare}"
         " --teachers {input.teachers} --timing {input.timing} --screen {input.screen}"
@@ -97,7 +102,7 @@ rule report:
         " --reached {input.reached} --tests {input.tests} --trend {input.trend} --break-even {input.break_even}"
         " --stop {input.stop} --summary {input.summary} --traces {input.traces} --horizon-curve {input.horizon_curve}"
         " --run-pages {input.run_pages} --run-configs {input.run_configs} --warnings {input.warnings}"
-        " --headline {input.headline}"
+        " --headline {input.headline} --advice {input.advice} --profile {params.profile}"
         " --ledger {input.ledger} --budget {input.budget} --selected {input.selected}"
         " --target {input.target} --verdict {input.verdict} --campaign {params.campaign}"
         " --figures $(dirname {output.steps}) --out {output.page} > {log} 2>&1"

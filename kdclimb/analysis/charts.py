@@ -12,6 +12,8 @@ OUTCOMES = (
     "rank label run_id status reason miss_reason steps_to_target final_val best_val stability first_val kd_stop_step "
     "kd_share_mean"
 ).split()  # of screen.csv; all its other columns are knobs
+PART_COLOURS = ("muted", "random", "ce", "kd", "boost", "ink")
+PART_HATCHES = ("", "///", "xxx", "...", "---", "\\\\\\", "+++")
 BY_STEP = {"step_ms": "median step (ms)", "lr_mult": "LR multiplier"}
 
 
@@ -41,7 +43,8 @@ def horizons(axes: Axes, rows: list[dict] | None, target: float | None) -> bool:
         mine = [row for row in rows if (row["arm"], row["label"]) == (arm, label)]
         seeds, means = [r for r in mine if r["seed"] is not None], [r for r in mine if r["seed"] is None]
         style = {"color": COLOURS[colour]}
-        axes.plot([r["horizon"] for r in seeds], [r["final_val"] for r in seeds], "o", markersize=4, alpha=0.6, **style)
+        points = {"linestyle": "none", "marker": "o", "markersize": 4, "alpha": 0.6, "label": None if means else name}
+        axes.plot([r["horizon"] for r in seeds], [r["final_val"] for r in seeds], **points, **style)
         axes.plot([r["horizon"] for r in means], [r["fitted"] for r in means], linewidth=1.5, label=name, **style)
         known = [r for r in means if r["low"] is not None]
         edges = [[r[key] for r in known] for key in ("low", "high")]
@@ -81,6 +84,48 @@ def break_even(axes: Axes, rows: list[dict] | None) -> bool:
     axes.set_ylabel("target (nats)")
     legend(axes, bbox_to_anchor=(0, 1.0), loc="lower left", ncols=2)
     return True
+
+
+def step_parts(axes: Axes, rows: list[dict] | None) -> bool:
+    """Where the time of each isolate's step goes: the medians of its parts, one behind the other."""
+    labels = list(dict.fromkeys(row["label"] for row in rows or ()))
+    ends = dict.fromkeys(labels, 0.0)
+    for i, part in enumerate(dict.fromkeys(row["part"] for row in rows or ())):
+        mine = [row for row in rows if row["part"] == part]
+        style = {"color": COLOURS[PART_COLOURS[i % 6]], "hatch": PART_HATCHES[i % 7], "edgecolor": "white"}
+        style |= {"height": 0.5, "linewidth": 0, "label": part}
+        places, widths = [labels.index(row["label"]) for row in mine], [row["ms_median"] for row in mine]
+        axes.barh(places, widths, left=[ends[row["label"]] for row in mine], **style)
+        for row in mine:
+            ends[row["label"]] += row["ms_median"]
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.set_xlabel("median of the step's part (ms)")
+    if labels:
+        legend(axes, bbox_to_anchor=(0, 1.0), loc="lower left", ncols=4)
+    return bool(labels)
+
+
+CLAIM_COLUMNS = {
+    "val_delta": "nats against the other run, less is better",
+    "time_ratio": "time, as a multiple of the other's",
+}
+
+
+def claims(axes: Axes, rows: list[dict], column: str, level: float) -> bool:
+    """A column of the matched claims, one a line, about the `level` at which the two runs are alike."""
+    rows = [row for row in rows if row[column] is not None]
+    for i, row in enumerate(rows):
+        if column == "val_delta" and row["noise"] is not None:
+            style = {"color": COLOURS["muted"], "alpha": 0.25, "label": "two runs of the same thing"}
+            axes.barh([i], [2 * row["noise"]], left=[-row["noise"]], height=0.8, linewidth=0, **style)
+        axes.plot([row[column]], [i], "o", color=COLOURS["kd"])
+    axes.axvline(level, color=COLOURS["muted"], linewidth=1)
+    axes.set_yticks(range(len(rows)), [f"{row['run_id']}\nagainst {row['against']}" for row in rows], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel(CLAIM_COLUMNS[column])
+    return bool(rows)
 
 
 def knobs_of(screen: list[dict] | None) -> list[str]:

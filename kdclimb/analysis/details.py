@@ -1,14 +1,18 @@
-"""The tables that only the report reads: the headline's figures, steps, horizons, configs and warnings."""
+"""The tables that only the report reads: the headline's figures, steps, horizons, configs, warnings and advice."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from kdclimb.analysis.advice import ADVICE_COLUMNS, advice_rows
+from kdclimb.analysis.budget import BUDGET_KEYS
 from kdclimb.analysis.cautions import WARNING_COLUMNS, warning_rows
-from kdclimb.analysis.compare import COMPARE_COLUMNS
+from kdclimb.analysis.compare import COMPARE_COLUMNS, TEACHER_COLUMNS
+from kdclimb.analysis.savings import BREAK_EVEN_COLUMNS, TREND_COLUMNS
 from kdclimb.analysis.selection import SELECTED_KEYS
 from kdclimb.analysis.tables import RunFolder, read_csv, read_json, write_csv
+from kdclimb.analysis.targets import TARGET_KEYS, TEACHERS
 from kdclimb.analysis.tested import VERDICT_COLUMNS, find
 from kdclimb.analysis.traces import (
     CONFIG_COLUMNS,
@@ -21,10 +25,31 @@ from kdclimb.analysis.traces import (
     page_rows,
     trace_rows,
 )
+from kdclimb.analysis.tuning import TUNING_COLUMNS
 from kdclimb.analysis.verdict import SAVINGS, pair_up
 
-HEADLINE_COLUMNS = "figure value low high n_seeds ratio ratio_low ratio_high".split()
+HEADLINE_COLUMNS = "figure value low high n_seeds saved_share saved_share_low saved_share_high source".split()
 COSTS = dict(zip(SAVINGS, ("steps", "tokens", "time_ms", "time_with_teacher_ms"), strict=True))  # in verdict.csv
+FACTS = {  # figures that the page's sentences hold: the decision that each is from, and its key there
+    "budget_ms": ("budget", "budget_ms"),
+    "ce_train_time_ms": ("budget", "ce_train_time_ms"),
+    "horizon": ("budget", "horizon"),
+    "fraction": ("budget", "fraction"),
+    "threads": ("budget", "threads"),
+    "teacher_ms": ("selected", "train_time_ms"),
+    "teacher_final_val": ("selected", "final_val"),
+    "target": ("target", "value"),
+    "fixed_target": ("target", "fixed"),
+    "full_horizon": ("verdict", "horizon"),
+    "budget_share": ("verdict", "budget_share"),
+    "first_val_kd": ("verdict", "kd_alive.first_val_kd"),
+    "first_val_ce": ("verdict", "kd_alive.first_val_ce"),
+    "first_val_random": ("verdict", "kd_alive.first_val_random"),
+    "confidence": ("verdict", "rules.confidence"),
+    "p_value": ("verdict", "rules.p_value"),
+    "power": ("verdict", "rules.power"),
+    "amortize": ("verdict", "rules.amortize"),
+}
 OUTPUTS = {
     "traces": TRACE_COLUMNS,
     "horizon_curve": HORIZON_COLUMNS,
@@ -32,6 +57,7 @@ OUTPUTS = {
     "run_configs": CONFIG_COLUMNS,
     "warnings": WARNING_COLUMNS,
     "headline": HEADLINE_COLUMNS,
+    "advice": ADVICE_COLUMNS,
 }
 
 
@@ -39,17 +65,37 @@ def details(
     runs: list[RunFolder],
     budget: Path,
     selected: Path,
+    target: Path,
     compare: Path,
     tests: Path,
     verdict: Path,
+    tuning: Path,
+    break_even: Path,
+    trend: Path,
+    teachers: Path,
     confidence: float,
     **outputs: Path,
 ) -> None:
     """Write the tables of OUTPUTS, each to `out_<name>`, from all runs, the decisions and the comparison."""
-    found, teacher = read_json(verdict), read_json(selected, SELECTED_KEYS)
+    decisions = {
+        "budget": read_json(budget, BUDGET_KEYS),
+        "selected": read_json(selected, SELECTED_KEYS),
+        "target": read_json(target, TARGET_KEYS),
+        "verdict": read_json(
+            verdict, ["point", "horizon", "budget_share", "kd_alive", "explained_by", "rules", "not_claimable_because"]
+        ),
+    }
     rows, tested = read_csv(compare, COMPARE_COLUMNS), read_csv(tests, VERDICT_COLUMNS)
-    tables = tables_of(runs, teacher, found, confidence)
-    tables["headline"] = headline_rows(rows, tested, found, read_json(budget, ["budget_ms"]))
+    tables = tables_of(runs, decisions["selected"], decisions["verdict"], confidence)
+    tables["headline"] = headline_rows(decisions, rows, tested)
+    tables["advice"] = advice_rows(
+        decisions["verdict"],
+        tested,
+        read_csv(tuning, TUNING_COLUMNS),
+        read_csv(break_even, BREAK_EVEN_COLUMNS),
+        read_csv(trend, TREND_COLUMNS),
+        read_csv(teachers, TEACHER_COLUMNS),
+    )
     for name, columns in OUTPUTS.items():
         write_csv(outputs[f"out_{name}"], columns, tables[name])
 
@@ -69,20 +115,30 @@ def tables_of(runs: Sequence[RunFolder], teacher: dict, verdict: dict | None, co
     }
 
 
-def headline_rows(compared: list[dict], tested: list[dict], verdict: dict, budget: dict) -> list[dict]:
-    """Rows of HEADLINE_COLUMNS: the four savings of the judged point, each with the range of its seeds and the ratio
-    with its interval, and the teacher's time beside its budget (ms).
+def headline_rows(decisions: dict[str, dict | None], compared: list[dict], tested: list[dict]) -> list[dict]:
+    """Rows of HEADLINE_COLUMNS: once there is a verdict the four savings of the judged point, each with the range of
+    its seeds and the share saved with its interval; and FACTS, from the decisions that are there.
     """
-    point = verdict["point"]
+    rows = [] if decisions["verdict"] is None else _savings(decisions["verdict"]["point"], decisions, compared, tested)
+    for figure, (name, keys) in FACTS.items():
+        found = decisions[name]
+        for key in keys.split("."):
+            found = found and found[key]
+        for value in found if isinstance(found, list) else [found]:
+            if decisions[name] is not None:
+                source = {"figure": figure, "value": value, "source": f"{name}.json: {keys}"}
+                rows.append(dict.fromkeys(HEADLINE_COLUMNS) | source)
+    return rows
+
+
+def _savings(point: str | None, decisions: dict, compared: list[dict], tested: list[dict]) -> list[dict]:
     pairs = [pair["kd"] for pair in pair_up(compared, point) if pair["outcome"] == "both"] if point else []
     rows = []
     for column, cost in COSTS.items():
         seen = [row[column] for row in pairs if row[column] is not None]
-        asked = {"measure": "crossing", "arm": "kd", "label": point, "against": "ce", "target": "teacher_final_val"}
-        test = find(tested, cost=cost, **asked) or {}
-        row = {"figure": column, "value": verdict[f"{column}_mean"], "n_seeds": len(seen)}
-        row |= {"low": min(seen, default=None), "high": max(seen, default=None), "ratio": test.get("ratio")}
-        rows.append(row | {"ratio_low": test.get("low"), "ratio_high": test.get("high")})
-    blank = dict.fromkeys(HEADLINE_COLUMNS)
-    rows.append(blank | {"figure": "teacher_ms", "value": verdict["teacher_ms"]})
-    return rows + [blank | {"figure": "budget_ms", "value": budget["budget_ms"]}]
+        test = find(tested, cost=cost, measure="crossing", arm="kd", label=point, against="ce", target=TEACHERS) or {}
+        row = {"figure": column, "value": decisions["verdict"][f"{column}_mean"], "n_seeds": len(seen)}
+        row |= {"low": min(seen, default=None), "high": max(seen, default=None)}
+        row |= {key: test.get(key) for key in ("saved_share", "saved_share_low", "saved_share_high")}
+        rows.append(row | {"source": f"verdict.json: {column}_mean"})
+    return rows

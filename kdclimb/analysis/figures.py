@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterable
 from itertools import cycle
 from pathlib import Path
 
@@ -24,8 +25,8 @@ from kdclimb.artifacts import write_text, write_via
 FIRST_VALIDATIONS = 8
 
 
-def draw(folder: Path, data: dict) -> dict[str, str]:
-    """Draw all figures into `folder` from the tables and decisions in `data`.
+def draw(folder: Path, data: dict, names: Iterable[str] | None = None) -> dict[str, str]:
+    """Draw all figures of a campaign, or those of these names, into `folder` from the tables and decisions in `data`.
 
     Returns {name: SVG for the report}, where the SVG is empty for a figure with nothing to show.
     """
@@ -38,6 +39,7 @@ def draw(folder: Path, data: dict) -> dict[str, str]:
         "kd_alive": lambda axes: _alive(axes, data["curves"] or [], data["screen"] or [], point),
         "teachers": lambda axes: bool(data["budget"]) and _teachers(axes, data["teachers"] or [], data["budget"]),
         "isolates": lambda axes: _isolates(axes, data["isolates"] or []),
+        "step_parts": lambda axes: charts.step_parts(axes, data["profile"]),
         "step_deltas": lambda axes: charts.by_step(axes, data, "step_ms", horizon),
         "lr_phases": lambda axes: charts.by_step(axes, data, "lr_mult", horizon),
         "horizon_curve": lambda axes: charts.horizons(axes, data["horizon_curve"], target),
@@ -45,8 +47,13 @@ def draw(folder: Path, data: dict) -> dict[str, str]:
         "sweep_parallel": lambda axes: charts.sweep_parallel(axes, data["screen"]),
         "sweep_knobs": lambda axes: _several(axes, lambda figure: charts.sweep_knobs(figure, data["screen"], point)),
     }
+    asked = [*drawings] if names is None else names
+    drawings |= {
+        "claims": lambda axes: charts.claims(axes, data["claims"], "val_delta", 0),
+        "claim_times": lambda axes: charts.claims(axes, data["claims"], "time_ratio", 1),
+    }
     with matplotlib.rc_context(RC):
-        return {name: _render(folder, name, drawing) for name, drawing in drawings.items()}
+        return {name: _render(folder, name, drawings[name]) for name in asked}
 
 
 def _several(axes: Axes, drawing) -> bool:

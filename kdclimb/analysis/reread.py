@@ -8,10 +8,16 @@ the same thing (CE, and CE whose teacher's answer is dropped), and what the diff
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
-from kdclimb.analysis.report.document import html
-from kdclimb.analysis.report.parts import Column, ms, nats, number, section, table, text
+from scipy.optimize import isotonic_regression
+
+from kdclimb.analysis.alts import finding
+from kdclimb.analysis.figures import draw
+from kdclimb.analysis.report import INPUTS
+from kdclimb.analysis.report.document import data_of, html
+from kdclimb.analysis.report.parts import Column, Page, ms, nats, number, section, table, text
 from kdclimb.analysis.tables import AnalysisError, read_csv, show_ms, write_csv
 from kdclimb.analysis.targets import shortest_horizon
 from kdclimb.artifacts import write_text
@@ -24,12 +30,14 @@ WORDS = ("run_id", "series", "mode", "status", "label", "note")
 CLAIM_COLUMNS = ("claim", "run_id", "against")
 FOUND_COLUMNS = (*CLAIM_COLUMNS, *"matched val_delta noise steps_worth_low steps_worth_high time_ratio verdict".split())
 TEACHER_COLUMNS = "run_id status train_time_ms budget_ms within_budget val_loss verdict".split()
-SOURCE = '<p class="source">Source: <a href="claims.csv">claims.csv</a>, <a href="teachers.csv">teachers.csv</a></p>'
+END_COLUMNS = "arm label run_id horizon seed final_val fitted low high n_seeds".split()
+FIGURES = ("claims", "claim_times", "horizon_curve", "teachers")
+SHAPE = re.compile(r"L\d+_H\d+_D\d+_\d+")  # layers, heads, their width, steps: in the name of a teacher's run
 MIN_ENDS = 2  # complete CE runs, between whose ends a loss can be placed
 
 
 def reread(folder: Path, out: Path, fraction: float) -> str:
-    """Judge folder/claims.csv by folder/runs.csv; writes claims.csv, teachers.csv and index.html to `out`.
+    """Judge folder/claims.csv by folder/runs.csv; writes claims.csv, teachers.csv, ends.csv and index.html to `out`.
 
     Returns the claims and verdicts as text. Raises AnalysisError for a malformed table or a claim on an unknown run.
     """
@@ -44,7 +52,10 @@ def reread(folder: Path, out: Path, fraction: float) -> str:
     teachers = judge_teachers(runs, fraction)
     write_csv(out / "claims.csv", FOUND_COLUMNS, found)
     write_csv(out / "teachers.csv", TEACHER_COLUMNS, teachers)
-    write_text(out / "index.html", _page(folder.name, runs, found, teachers))
+    write_csv(out / "runs.csv", RUN_COLUMNS, runs)
+    ends = end_rows(runs)
+    write_csv(out / "ends.csv", END_COLUMNS, ends)
+    write_text(out / "index.html", _page(folder.name, runs, found, teachers, ends, out / "figures"))
     return "\n".join([*(f"{row['claim']}: {row['verdict']}" for row in found), f"written: {out / 'index.html'}"])
 
 
@@ -137,8 +148,69 @@ def judge_teachers(runs: list[dict], fraction: float) -> list[dict]:
     return rows
 
 
-def _page(name: str, runs: list[dict], found: list[dict], teachers: list[dict]) -> str:
-    matched = sum(row["matched"] for row in found)
+def _summary(found: list[dict]) -> str:
+    """What all claims together show, as HTML."""
+    known = [row for row in found if row["matched"]]
+    clear = [row for row in known if row["noise"] is None or abs(row["val_delta"]) > row["noise"]]
+    better = sum(row["val_delta"] < 0 for row in clear)
+    return (
+        f"<b>Nothing is shown:</b> {len(known)} of {len(found)} comparisons are matched, and each is of one run, so no "
+        f"interval and no test is possible. {len(clear)} of them differ by more than two runs of the same thing: "
+        f"{better} in favour of the claim&rsquo;s run, {len(clear) - better} against it."
+    )
+
+
+def end_rows(runs: list[dict]) -> list[dict]:
+    """Where complete runs of one student end by their horizon: rows of END_COLUMNS, a run each, and without a seed CE's
+    monotone fit. One run of each, so a number takes the seed's place and there is no interval.
+
+    The student is the one with the most of such runs.
+    """
+    students = [run["student_params_m"] for run in runs if run["mode"] == "ce" and run["step"] == run["horizon"]]
+    student = max(dict.fromkeys(students), key=students.count, default=None)
+    whole = [
+        run
+        for run in runs
+        if (run["status"], run["student_params_m"]) == ("complete", student) and run["step"] == run["horizon"]
+    ]
+    blank = dict.fromkeys(END_COLUMNS) | {"label": ""}
+    rows = [
+        blank
+        | {"arm": arm, "run_id": run["run_id"], "horizon": run["horizon"], "seed": i, "final_val": run["val_loss"]}
+        for arm in ("ce", "kd")
+        for i, run in enumerate(run for run in whole if run["mode"] == arm)
+    ]
+    ends = _ends(runs, student)
+    if len(ends) < MIN_ENDS:
+        return rows
+    fitted = isotonic_regression([run["val_loss"] for run in ends], increasing=False).x
+    return rows + [
+        blank | {"arm": "ce", "horizon": run["horizon"], "final_val": run["val_loss"], "fitted": float(value)}
+        for run, value in zip(ends, fitted, strict=True)
+    ]
+
+
+def _candidates(teachers: list[dict]) -> list[dict]:
+    """The teachers as the chart of a campaign's candidates has them."""
+    nothing = dict.fromkeys(("projected_ms", "flops_per_token", "probe_run_id"))
+    return [
+        nothing
+        | {key: row[key] for key in ("run_id", "status", "train_time_ms", "budget_ms")}
+        | {"candidate": shape[0] if (shape := SHAPE.search(row["run_id"])) else row["run_id"][:20]}
+        | {"final_val": row["val_loss"], "reason": row["verdict"], "imported": 0}
+        | {"verdict": "survivor" if row["within_budget"] and row["status"] == "complete" else "rejected"}
+        for row in teachers
+    ]
+
+
+def _page(name: str, runs: list[dict], found: list[dict], teachers: list[dict], ends: list[dict], figures: Path) -> str:
+    budget = teachers[0]["budget_ms"] if teachers else None
+    data = dict.fromkeys(INPUTS) | {"claims": found, "horizon_curve": ends, "teachers": _candidates(teachers)}
+    data |= {"budget": {"budget_ms": budget} if teachers else None}
+    data |= {"headline": [{"figure": "budget_ms", "value": budget}]}
+    drawn = draw(figures, data, FIGURES)
+    files = {"claims": "claims.csv", "teachers": "teachers.csv", "horizon_curve": "ends.csv", "runs": "runs.csv"}
+    page = Page(name, data, files, drawn, {figure: finding(figure, data) for figure in drawn})
     claims = [
         Column("Claim", lambda row: f'<span class="words">{text("claim")(row)}</span>', words=True),
         Column(
@@ -156,16 +228,41 @@ def _page(name: str, runs: list[dict], found: list[dict], teachers: list[dict]) 
         Column("Verdict", text("verdict"), words=True),
     ]
     ledger = [Column(key, text(key), key in WORDS) for key in RUN_COLUMNS]
-    budget = show_ms(teachers[0]["budget_ms"]) if teachers else "not needed"
-    lead = (
-        f"{matched} of {len(found)} comparisons are matched: both complete, at the end of schedules of one length. "
-        "There is one run of each arm and no seed, so no interval and no test is possible."
+    lead = "Matched: both complete, at the end of schedules of one length, for the same student."
+    deltas = page.figure(
+        "claims", "The matched claims: nats against the other run. Shaded: what two runs of the same thing differ by."
+    )
+    times = page.figure("claim_times", "Their training time, where both are of one series; no teacher is counted.")
+    curve = page.figure(
+        "horizon_curve", "Final loss by horizon (log): a point a run, and the monotone fit through CE&rsquo;s."
+    )
+    candidates = page.figure(
+        "teachers", "Training time against final loss. Left of the dashed line is within the budget."
     )
     body = [
-        section("Claims", lead, table(found, claims, "no claim"), SOURCE),
+        f'<section class="verdict" id="verdict"><p class="sentence">{_summary(found)}</p></section>',
         section(
-            "Teachers", f"A tenth of the longest complete CE run: {budget}.", table(teachers, budgets, "no teacher")
+            "Claims",
+            lead,
+            f'<div class="pair">{deltas}{times}</div>',
+            table(found, claims, "no claim"),
+            page.links("claims"),
         ),
-        section("All numbers", "As they were published, with their labels.", table(runs, ledger, "no run")),
+        section(
+            "Complete horizons", "Where complete runs of the same student end.", curve, page.links("horizon_curve")
+        ),
+        section(
+            "Teachers",
+            f"A tenth of the longest complete CE run: {show_ms(budget) if teachers else 'not needed'}.",
+            candidates,
+            table(teachers, budgets, "no teacher"),
+            page.links("teachers"),
+        ),
+        section(
+            "All numbers",
+            "As they were published, with their labels.",
+            table(runs, ledger, "no run"),
+            page.links("runs"),
+        ),
     ]
-    return html(f"kdclimb: {name}", f"{name}, read again", "\n".join(body))
+    return html(f"kdclimb: {name}", f"{name}, read again", "\n".join(body), data_of(page))

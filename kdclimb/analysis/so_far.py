@@ -5,13 +5,16 @@ All goes to `so_far/` in the campaign's folder: what the workflow makes has one 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 
 from kdclimb.analysis import compare, ledger
 from kdclimb.analysis.details import OUTPUTS as DETAILS
-from kdclimb.analysis.details import tables_of
+from kdclimb.analysis.details import headline_rows, tables_of
 from kdclimb.analysis.report import INPUTS, report
-from kdclimb.analysis.tables import RUN_COLUMNS, AnalysisError, RunFolder, read_json, write_csv
+from kdclimb.analysis.tables import RUN_COLUMNS, AnalysisError, RunFolder, read_csv, read_json, write_csv
+from kdclimb.analysis.tested import VERDICT_COLUMNS
 from kdclimb.artifacts import write_json
 from kdclimb.expansion import Run, tables
 from kdclimb.sections import Campaign
@@ -22,6 +25,7 @@ MADE_BY_STAGES = {  # where the workflow puts what a stage leaves
     "selected": "teacher/selected.json",
     "target": "target.json",
     "isolates": "kd/isolates.csv",
+    "profile": "kd/profile.csv",
     "screen": "kd/screen.csv",
     "ce_screen": "ce/screen.csv",
     "full": "kd/full.csv",
@@ -51,13 +55,15 @@ def report_so_far(campaign: Campaign, named: list[Run], folder: Path, runs: Path
     return page
 
 
-def ended(campaign: Campaign, named: list[Run], runs: Path) -> list[RunFolder]:
+def ended(
+    campaign: Campaign, named: list[Run], runs: Path, read: Callable[[str], RunFolder] = RunFolder.read
+) -> list[RunFolder]:
     """Those of the named runs that ended here, however, and the counted and imported ones that are there."""
     places = [(run.arm, run.label, run.run_id) for run in (*named, *tables(campaign, _data_of(named)))]
     places += [("imported", run_id, run_id) for run_id in campaign.teacher.imported]
     places += [("log", run_id, run_id) for run_id in campaign.baseline.imports]
     there = [place for place in places if (runs / place[2] / "status.json").is_file()]
-    return [RunFolder.read(f"{arm}|{label}|{runs / run_id}") for arm, label, run_id in there]
+    return [read(f"{arm}|{label}|{runs / run_id}") for arm, label, run_id in there]
 
 
 def _data_of(named: list[Run]) -> str:
@@ -71,13 +77,25 @@ def _write_tables(campaign: Campaign, runs: list[RunFolder], files: dict[str, Pa
     rows = tables_of(shown, teacher, None, campaign.verdict.confidence)
     rows["curves"] = [row for run in shown for row in compare.curve_rows(run, teacher)]
     rows["runs"] = [run.row() for run in runs]
+    rows["headline"] = _headline(files)
     columns = {"curves": compare.CURVE_COLUMNS, "runs": RUN_COLUMNS} | {
-        name: DETAILS[name] for name in DETAILS if name != "headline"
+        name: DETAILS[name] for name in DETAILS if name != "advice"
     }
     paths = {name: out / f"{name}.csv" for name in columns}
     for name, path in paths.items():
         write_csv(path, columns[name], rows[name])
     return paths | {"ledger": _write_ledger(campaign, runs, files["target"], out)}
+
+
+def _headline(files: dict[str, Path]) -> list[dict]:
+    """The headline of what is decided; with the savings once all of the comparison is there."""
+    decisions = {name: _decision(files[name], None) for name in ("budget", "selected", "target", "verdict")}
+    compared = [files["compare"], files["tests"]]
+    if not all(path.is_file() for path in compared):
+        decisions["verdict"] = None
+        return headline_rows(decisions, [], [])
+    columns = compare.COMPARE_COLUMNS, VERDICT_COLUMNS
+    return headline_rows(decisions, *(read_csv(path, names) for path, names in zip(compared, columns, strict=True)))
 
 
 def _write_ledger(campaign: Campaign, runs: list[RunFolder], target: Path, out: Path) -> Path:
@@ -89,8 +107,8 @@ def _write_ledger(campaign: Campaign, runs: list[RunFolder], target: Path, out: 
     return path
 
 
-def _decision(path: Path, otherwise: dict) -> dict:
-    return read_json(path) if path.is_file() else dict(otherwise)
+def _decision(path: Path, otherwise: dict | None) -> dict | None:
+    return read_json(path) if path.is_file() else copy(otherwise)
 
 
 def _teacher_known(run: RunFolder, teacher: dict) -> bool:

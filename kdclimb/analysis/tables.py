@@ -30,7 +30,7 @@ STEP_COLUMNS = ("step", "tokens", "train_time_ms", "batch_tokens", "kd_share", "
 RUN_COLUMNS = ("arm", "label", "horizon", "kind", *(c for c in SUMMARY_COLUMNS if c != "arm"), "reason")
 RUN_COLUMNS += ("slurm_job", "log_tail")
 TEXT = frozenset(
-    "arm label kind run_id probe_run_id candidate status reason device clock code_hash data_hash miss_reason "
+    "arm label kind part run_id probe_run_id candidate status reason device clock code_hash data_hash miss_reason "
     "time_note verdict missing_artifacts measure target against cost note outcome "
     "slurm_job log_tail chosen edge condition met evidence promoted check_budget check_budget_by check_falling "
     "check_falling_by check_no_oom check_no_oom_by check_artifacts check_artifacts_by".split()

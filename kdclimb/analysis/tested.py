@@ -20,7 +20,7 @@ STATISTICS = tuple(field.name for field in dataclasses.fields(Judged))
 VERDICT_COLUMNS = (
     *"measure target target_value arm label against cost saved_mean".split(),
     *STATISTICS,
-    *("p_holm", "outcome"),
+    *("saved_share", "saved_share_low", "saved_share_high", "p_holm", "outcome"),
 )
 COMPETITOR = "control_growth"  # shown, but no control: it uses the teacher too, and explains nothing away
 DECLARED = "the teacher's time is declared, not measured"
@@ -60,7 +60,9 @@ def _judged(mine: dict, others: dict, cost: str, rules: Rules, imported: bool) -
     found = Judged(len(pairs), 0, note=note) if note else judge(pairs, rules)
     exact = not note and pairs and found.n_censored == 0
     saved = statistics.fmean(pair.other[0] - pair.arm[0] for pair in pairs) if exact else None
-    return {"cost": cost, "saved_mean": saved, "p_holm": None} | dataclasses.asdict(found)
+    shares = {"saved_share": found.ratio, "saved_share_low": found.high, "saved_share_high": found.low}
+    shares = {name: None if ratio is None else 1 - ratio for name, ratio in shares.items()}
+    return {"cost": cost, "saved_mean": saved, "p_holm": None} | dataclasses.asdict(found) | shares
 
 
 def _refused(pairs: Iterable[tuple[Reached, Reached]]) -> str:
@@ -152,7 +154,7 @@ def _share(ratio: float) -> str:
 
 
 def _signed(share: float) -> str:
-    return f"{100 * share:+.1f} %"
+    return f"{share:+.1%}"
 
 
 def missing(row: dict) -> str:

@@ -14,6 +14,7 @@ CONTROL_NAMES = {
     "control_tuned": "CE as tuned as KD",
     "control_smooth": "CE with label smoothing",
 }
+TIMES = "times only: "  # before a doubt that steps and tokens don't share
 SAVINGS = {  # what is saved: the column that it is a difference of
     "steps_saved": "steps_to_target",
     "tokens_saved": "tokens_to_target",
@@ -48,7 +49,7 @@ def doubts_of(
         doubts.append("the teacher was imported: its time is declared, not measured, and so is its place in the budget")
     if logged:
         doubts.append("the budget comes from a training log: the teacher's time is held against another machine's")
-    doubts += [f"times only: {note}" for note in notes]
+    doubts += [f"{TIMES}{note}" for note in notes]
     if compared < MIN_PAIRS:
         seeds = f"{compared} seed{'s' * (compared != 1)}"
         doubts.append(f"KD and CE both reached the target with {seeds}; a claim needs {MIN_PAIRS} or more")

@@ -96,16 +96,16 @@ def _reset(page):
             radio.check(force=True)
 
 
-def made(folder, **options):
-    campaign = SyntheticCampaign(folder, **options)
-    campaign.run_all()
-    return campaign
-
-
 @pytest.fixture(scope="session")
 def campaign(tmp_path_factory):
-    """A whole campaign by made-up numbers, in which KD pays."""
-    return made(tmp_path_factory.mktemp("whole"))
+    """A whole campaign by made-up numbers, in which KD pays, with the profile that one may ask for."""
+    campaign = SyntheticCampaign(tmp_path_factory.mktemp("whole"))
+    campaign.baseline()
+    campaign.teachers()
+    campaign.students()
+    campaign.profile()
+    campaign.conclude()
+    return campaign
 
 
 @pytest.fixture(scope="session")

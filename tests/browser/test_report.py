@@ -47,14 +47,15 @@ def no_sideways_scroll(page):
 def test_every_chart_is_drawn(campaign, visit):
     page = visit(report(campaign))
     names = page.locator("#report [data-chart]").evaluate_all("all => all.map(e => e.dataset.chart)")
-    assert len(names) == 12
+    assert len(names) == 13
     for name in set(names) - {"val_loss_time"}:  # the switch has it; for paper it stays as it is
         assert lines(page, f'[data-chart="{name}"]'), name
 
 
 def test_the_top_is_the_verdict_with_four_numbers_of_the_csv(campaign, visit):
     page = visit(report(campaign))
-    assert page.locator(".sentence").inner_text().rstrip(".") in campaign.json("verdict.json")["sentence"]
+    said = " ".join(page.locator(".sentence").inner_text().split())
+    assert said.rstrip(".") in campaign.json("verdict.json")["sentence"]
     rows = {row["figure"]: row for row in read_rows(campaign.path("tables/headline.csv"))}
     shown = {link.get_attribute("data-cell"): link for link in page.locator(".tiles a").all()}
     assert list(shown) == ["steps_saved", "tokens_saved", "time_saved_ms", "time_saved_with_teacher_ms"]
@@ -62,6 +63,43 @@ def test_the_top_is_the_verdict_with_four_numbers_of_the_csv(campaign, visit):
         words = link.inner_text().replace("+", "").replace(",", "").replace(" ms", "")
         assert float(words) == float(rows[figure]["value"])
         assert (report(campaign).parent / link.get_attribute("href")).is_file()
+
+
+def test_the_top_says_why(campaign, visit):
+    answers = [item.inner_text() for item in visit(report(campaign)).locator(".answers li").all()]
+    assert len(answers) == 5 and all(answer.endswith(": ✓ yes") for answer in answers)
+
+
+def test_what_to_try_next_is_the_table_of_advice(campaign, visit):
+    page = visit(report(campaign))
+    said = [" ".join(item.inner_text().split()) for item in page.locator(".advice li").all()]
+    rows = read_rows(campaign.path("tables/advice.csv"))
+    assert len(said) == len(rows) > 0
+    for words, row in zip(said, rows, strict=True):
+        assert words.startswith(f"{row['what']}: {row['why']}") and row["keys"] in words and row["source"] in words
+
+
+def test_every_section_of_numbers_links_to_its_tables_and_run_folders(campaign, visit):
+    page = visit(report(campaign), script=False)
+    sections = page.locator("#report section:not(#how-to-read-this)")
+    hrefs = "[...part.querySelectorAll('a[href]')].map(a => a.getAttribute('href')).filter(href => href[0] !== '#')"
+    for name, links in sections.evaluate_all(f"all => all.map(part => [part.id, {hrefs}])"):
+        assert any(link.endswith((".csv", ".json")) for link in links), name
+        assert name == "what-to-try-next" or any("/runs/" in link for link in links), name
+        missing = [link for link in links if not (report(campaign).parent / link).exists()]
+        assert not missing, (name, missing)
+
+
+def test_the_horizon_curve_has_its_interval_as_a_band(campaign, visit):
+    page = visit(report(campaign))
+    chart = '[data-chart="horizon_curve"]'
+    drawn(page, chart)
+    bands = page.locator(chart).evaluate("gd => gd.data.filter(t => t.fill === 'toself').map(t => [...t.y])")
+    rows = [row for row in read_rows(campaign.path("tables/horizon_curve.csv")) if row["low"] and row["arm"] == "ce"]
+    assert len(bands) == 2
+    assert bands[0] == [float(f"{float(row['high']):.6g}") for row in rows] + [
+        float(f"{float(row['low']):.6g}") for row in reversed(rows)
+    ]
 
 
 def test_one_switch_changes_what_losses_are_drawn_over(campaign, visit):
@@ -178,19 +216,56 @@ def test_a_phone_needs_no_sideways_scroll(campaign, visit, scheme):
     assert no_sideways_scroll(page)
 
 
+def test_a_chart_keeps_its_height_when_the_window_changes(campaign, visit):
+    page = visit(report(campaign))
+    before = drawn(page).bounding_box()
+    page.set_viewport_size({"width": 800, "height": 900})
+    page.wait_for_function(f"document.querySelector('{LOSS} .main-svg').getBoundingClientRect().width < 800")
+    after = page.locator(f"{LOSS} .main-svg").first.bounding_box()
+    page.set_viewport_size({"width": 1200, "height": 900})
+    assert after["height"] == before["height"] > 400
+
+
 def test_without_a_script_words_tables_and_figures_are_there(campaign, visit):
     page = visit(report(campaign), script=False)
     assert page.locator(".sentence").is_visible() and page.locator("#ledger details").is_visible()
-    assert page.locator("#report .plot > svg").count() == 12
+    assert page.locator("#report .plot > svg").count() == 13
     assert not page.locator("fieldset.switch").first.is_visible()
 
 
-def test_it_can_be_printed(campaign, visit):
-    page = visit(report(campaign))
+def test_it_can_be_printed_light_from_a_dark_screen(campaign, visit):
+    page = visit(report(campaign), width=390, scheme="dark")
+    drawn(page)
     page.emulate_media(media="print")
+    page.set_viewport_size({"width": 700, "height": 900})  # A4 without its margins
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    charts = "getComputedStyle(document.querySelector('[data-chart=\"val_loss_steps\"] .legendtext')).fill"
+    assert page.evaluate(charts) == "rgb(0, 0, 0)"
     assert not page.locator("#contents").is_visible() and page.locator(".sentence").is_visible()
-    assert page.pdf().startswith(b"%PDF")
+    assert page.locator("[data-chart].drawn .main-svg").count() >= 12 and no_sideways_scroll(page)
+    assert page.pdf(format="A4").startswith(b"%PDF")
     page.emulate_media(media="screen")
+    page.set_viewport_size({"width": 390, "height": 900})
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate(charts) == "rgb(228, 231, 235)"
+
+
+def test_the_keyboard_reaches_everything(campaign, visit):
+    page = visit(report(campaign))
+    page.locator(".skip").focus()
+    assert page.locator(".skip").bounding_box()["x"] >= 0
+    page.locator("#runs tbody a.run").first.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#runs-page:not([hidden])")
+    assert page.evaluate("document.activeElement.closest('#runs-page') !== null")  # and Tab goes on from there
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#report:not([hidden])")
+    assert page.evaluate("document.activeElement.closest('#runs tbody') !== null")  # where the reader was
+    page.locator("#runs [data-choose]").first.focus()
+    page.keyboard.press("Space")
+    assert page.locator("#chosen").inner_text().startswith("1 of 2 runs chosen")
+    unreachable = page.locator(".scroll").evaluate_all("all => all.filter(e => e.tabIndex < 0).length")
+    assert unreachable == 0  # tables that are wider than the page are scrolled by the arrow keys
 
 
 def test_figures_and_controls_have_names(campaign, visit):
@@ -203,7 +278,8 @@ def test_figures_and_controls_have_names(campaign, visit):
 
 def test_where_nothing_met_the_budget_it_says_so(over_budget, visit):
     page = visit(report(over_budget))
-    assert "KD was not tried" in page.locator(".sentence").inner_text()
+    assert "KD was not tried" in page.locator(".sentence").inner_text() and page.locator(".answers").count() == 0
+    assert "Add cheaper teachers" in page.locator(".advice").inner_text()
     assert lines(page) and "none" not in page.locator("#kd-screen").inner_text()
     assert page.locator("#kd-screen").inner_text().count("nothing was screened") == 1
 
@@ -211,10 +287,23 @@ def test_where_nothing_met_the_budget_it_says_so(over_budget, visit):
 def test_an_empty_campaign_says_what_is_missing(empty, visit):
     page = visit(empty)
     assert "0 of 19 runs known so far have ended" in page.locator(".sofar").inner_text()
-    assert "waits for the CE baseline" in page.locator("#teacher-budget").inner_text()
+    missing = page.locator("#not-there-yet tbody tr", has_text="Teacher budget").inner_text()
+    assert "the CE baseline" in missing and "budget.json" in missing
     assert "no run has ended yet" in page.locator("#runs").inner_text() and no_sideways_scroll(page)
 
 
-def test_the_seeds_numbers_open(seed, visit):
+def test_the_seeds_numbers_open_with_charts(seed, visit):
     page = visit(seed, width=390)
     assert page.locator("#claims tbody tr").count() > 3 and no_sideways_scroll(page)
+    for column, chart in (("val_delta", "claims"), ("time_ratio", "claim_times")):
+        (points,) = lines(page, f'[data-chart="{chart}"]')
+        rows = [row for row in read_rows(seed.parent / "claims.csv") if row[column]]
+        assert points["x"] == [float(f"{float(row[column]):.6g}") for row in rows] and len(rows) > 3
+    ends = [row for row in read_rows(seed.parent / "ends.csv") if row["run_id"]]
+    curve = lines(page, '[data-chart="horizon_curve"]')
+    assert sorted(y for line in curve for y, run in zip(line["y"], line["runs"])) == sorted(
+        float(row["final_val"]) for row in ends
+    )
+    assert lines(page, '[data-chart="teachers"]')
+    alts = page.locator("[data-chart]").evaluate_all("all => all.map(e => e.getAttribute('aria-label'))")
+    assert len(alts) == 4 and all(any(sign.isdigit() for sign in alt) for alt in alts), alts

@@ -11,8 +11,8 @@ import pytest
 from test_analysis_synthetic import SyntheticCampaign, read_rows
 
 FIGURES = (
-    "break_even horizon_curve isolates kd_alive lr_phases step_deltas steps_saved_trend sweep_knobs sweep_parallel "
-    "teachers val_loss_steps val_loss_time"
+    "break_even horizon_curve isolates kd_alive lr_phases step_deltas step_parts steps_saved_trend sweep_knobs "
+    "sweep_parallel teachers val_loss_steps val_loss_time"
 ).split()
 POINT = "T1-boost1.5-hold0.15-drop0.35"
 
@@ -144,7 +144,8 @@ def test_report_shows_what_the_files_say(campaign):
     ):
         assert text in words, text
     assert 'class="badge no"' not in page_of(campaign)
-    assert "no data" not in words and "Not there yet" not in words
+    assert "Nothing to draw" not in words and "Not there yet" not in words
+    assert "The parts of a step are not measured: ./run results/default/kd/profile.csv" in words
 
 
 def test_figures_are_written_as_png_and_svg(campaign):
@@ -174,7 +175,13 @@ def test_campaign_without_a_teacher_ends_in_words(tmp_path):
     )
     assert not verdict["claimable"] and verdict["budget_share"] is None
     words = words_of(page_of(campaign))
-    for text in ("NOT A CLAIM", "no data", "no teacher meets the budget", "nothing was screened", "no control was run"):
+    for text in (
+        "NOT A CLAIM",
+        "Nothing to draw",
+        "no teacher meets the budget",
+        "nothing was screened",
+        "no control was run",
+    ):
         assert text in words, text
 
 

@@ -7,6 +7,7 @@ import pytest
 from test_analysis_synthetic import SyntheticCampaign, make_config, read_rows, run_folder
 
 from kdclimb.analysis.cautions import warning_rows
+from kdclimb.analysis.details import COSTS, FACTS
 from kdclimb.analysis.traces import BLOCKS, config_rows, flatten, horizon_rows, page_rows, trace_rows
 
 TEACHER = {"run_id": "teacher", "train_time_ms": 75.0}
@@ -157,7 +158,22 @@ def test_the_headline_holds_the_verdicts_figures(campaign):
         for row in read_rows(campaign.path("tables/verdict.csv"))
         if (row["measure"], row["arm"], row["against"], row["cost"]) == ("crossing", "kd", "ce", "steps")
     )
-    assert rows["steps_saved"]["ratio"] == tested["ratio"]
+    assert rows["steps_saved"]["saved_share"] == tested["saved_share"]
+    assert float(tested["saved_share"]) == 1 - float(tested["ratio"])
+
+
+def test_each_figure_of_the_headline_is_in_the_decision_that_it_names(campaign):
+    files = {"selected": "teacher/selected.json"}
+    seen = set()
+    for row in read_rows(campaign.path("tables/headline.csv")):
+        name, keys = row["source"].split(": ")
+        found = campaign.json(files.get(name.removesuffix(".json"), name))
+        for key in keys.split("."):
+            found = found[key]
+        values = found if isinstance(found, list) else [found]
+        assert float(row["value"]) in values, row
+        seen.add(row["figure"])
+    assert seen == {*COSTS, *FACTS}
 
 
 def test_every_run_of_the_campaign_has_a_page(campaign):

@@ -14,6 +14,7 @@ from configs import merged
 
 from kdclimb import campaign as campaigns
 from kdclimb import expansion
+from kdclimb.analysis.budget import PROFILE_COLUMNS
 from kdclimb.analysis.details import OUTPUTS as DETAILS
 from kdclimb.analysis.report import INPUTS
 from kdclimb.analysis.tables import RunFolder
@@ -299,6 +300,16 @@ class SyntheticCampaign:
         controls = self.flags("control_boost", "control_random", "control_smooth", "control_extra")
         self.script("controls", *controls, *target, "--out", p("controls.csv"))
 
+    def profile(self):
+        """kd/profile.csv, which the workflow makes only if it is asked for."""
+        shares, step = {"data": 0.1, "student": 0.3, "backward": 0.6}, STEP_MS["isolate"]
+        rows = [
+            [run.label, run.run_id, part, share * step, share * step, share, step, "cpu", 2]
+            for run in self.expanded("isolate")
+            for part, share in shares.items()
+        ]
+        _write(self.path("kd/profile.csv"), PROFILE_COLUMNS, rows)
+
     def conclude(self):
         p = self.path
         decisions = "--budget", p("budget.json"), "--selected", p("teacher/selected.json"), "--target", p("target.json")
@@ -317,7 +328,9 @@ class SyntheticCampaign:
         self.script("ledger", *self.flags(), "--target", p("target.json"), "--out", p("tables/ledger.csv"))
         details = [f"--out-{name.replace('_', '-')}={p(f'tables/{name}.csv')}" for name in DETAILS]
         found = "--compare", p("tables/compare.csv"), "--tests", p("tables/verdict.csv"), "--verdict", p("verdict.json")
-        self.script("details", *self.flags(), *decisions[:4], *found, "--confidence", "0.95", *details)
+        found += "--trend", p("tables/steps_saved_trend.csv"), "--break-even", p("tables/break_even.csv")
+        found += "--tuning", p("tables/tuning.csv"), "--teachers", p("tables/teachers.csv")
+        self.script("details", *self.flags(), *decisions, *found, "--confidence", "0.95", *details)
         out = "--campaign", "default", "--figures", p("figures"), "--out", p("report/index.html")
         self.script(
             "report", *(f"--{name.replace('_', '-')}={path}" for name, path in self.report_files().items()), *out
@@ -327,7 +340,7 @@ class SyntheticCampaign:
         """{name: path} of what the report reads."""
         places = {"timing": "ce/timing.csv", "selected": "teacher/selected.json", "controls": "controls.csv"}
         places |= {"ce_screen": "ce/screen.csv"}
-        places |= {name: f"kd/{name}.csv" for name in ("isolates", "screen", "full")}
+        places |= {name: f"kd/{name}.csv" for name in ("isolates", "profile", "screen", "full")}
         places |= {name: f"{name}.json" for name in ("budget", "target", "verdict")}
         names = {"tests": "verdict", "trend": "steps_saved_trend", "stop": "stop_conditions"}
         names |= {"summary": "teacher_budget10_summary"}

@@ -1,6 +1,7 @@
 """The seed's numbers, read again: which comparisons are matched, and what the matched ones say."""
 
 import csv
+import re
 import shutil
 
 import pytest
@@ -68,7 +69,30 @@ def test_the_page_holds_every_claim_and_every_number(seed):
     page = (seed / "index.html").read_text()
     for row in rows(SEED / "claims.csv"):
         assert row["claim"].replace("'", "&#x27;") in page
-    assert page.count("<tr") >= len(rows(SEED / "runs.csv")) and "http:" not in page and "https:" not in page
+    assert page.count("<tr") >= len(rows(SEED / "runs.csv"))
+    assert not re.search(r"""(?:src|href)\s*=\s*["'](?:https?:)?//""", page)
+
+
+def test_where_runs_end_is_fitted_for_one_student(seed):
+    ends = rows(seed / "ends.csv")
+    points = [row for row in ends if row["seed"]]
+    assert {row["horizon"] for row in points if row["arm"] == "ce"} == {
+        "60",
+        "80",
+        "155",
+    }  # not the other student's 1555
+    assert sum(row["arm"] == "kd" for row in points) == 9
+    fitted = [float(row["fitted"]) for row in ends if not row["seed"]]
+    assert fitted == sorted(fitted, reverse=True) == [4.9544, 4.6666, 4.1248]
+
+
+def test_the_sum_of_the_claims_is_said_and_drawn(seed):
+    found, page = rows(seed / "claims.csv"), (seed / "index.html").read_text()
+    clear = [row for row in found if row["matched"] == "1" and abs(float(row["val_delta"])) > float(row["noise"] or 0)]
+    better = sum(float(row["val_delta"]) < 0 for row in clear)
+    assert f"Nothing is shown:</b> 10 of {len(found)} comparisons are matched" in page
+    assert f"{better} in favour of the claim&rsquo;s run, {len(clear) - better} against it" in page
+    assert page.count('data-chart="') == 4 == len(list((seed / "figures").glob("*.svg")))
 
 
 def test_a_claim_on_an_unknown_run_is_refused(tmp_path, capsys):

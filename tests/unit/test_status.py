@@ -1,6 +1,7 @@
 """How far a campaign is: stages, runs in flight, the budget; and the report of what is there."""
 
 import fcntl
+import io
 import os
 import shutil
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from test_analysis_synthetic import SyntheticCampaign
 
 from kdclimb import status
+from kdclimb.__main__ import main
 from kdclimb.analysis.so_far import report_so_far
 
 
@@ -23,14 +25,17 @@ class Halfway:
         self.made.runs.mkdir()
 
     def state(self):
+        return self.reader().read()
+
+    def reader(self):
         out = self.results / "default"
         if self.made.out.is_dir() and not out.is_symlink():
             out.symlink_to(self.made.out, target_is_directory=True)
-        return status.state(self.made.campaign, ROOT, self.results)
+        return status.Reader(self.made.campaign, ROOT, self.results)
 
     def printed(self):
         console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-        status.show(self.state(), console)
+        console.print(status.view(self.state()))
         return console.export_text()
 
     def page(self):
@@ -51,7 +56,7 @@ def halfway(tmp_path, monkeypatch):
 def test_an_empty_campaign(halfway):
     text = halfway.printed()
     assert "0 of 10" in text and "budget: not set yet" in text and "no run is in flight" in text
-    assert "Not there yet: waits for the CE baseline" in halfway.page()
+    assert '<td class="left">the CE baseline' in halfway.page()
 
 
 def test_after_the_baseline_the_budget_is_known_and_ce_is_shown(halfway):
@@ -60,7 +65,7 @@ def test_after_the_baseline_the_budget_is_known_and_ce_is_shown(halfway):
     assert "10 of 10" in text and "budget: 300 ms; no teacher selected yet" in text
     assert "best CE so far: 3.0000 nats (CE 300, 300 steps, seed 0)" in text
     page = halfway.page()
-    assert 'data-chart="val_loss_steps"' in page and "waits for the KD screen" in page
+    assert 'data-chart="val_loss_steps"' in page and "the KD screen" in page
     assert "10 of 19 runs known so far have ended" in page
 
 
@@ -69,6 +74,12 @@ def test_a_finished_campaign_has_no_stage_left(halfway):
     text = halfway.printed()
     assert "75 ms spent, 25%" in text and "at most" not in text
     assert not (halfway.made.out / "so_far").exists()  # status changes nothing
+
+
+def test_the_page_so_far_of_a_finished_campaign_is_whole(halfway):
+    halfway.made.run_all()
+    page = halfway.page()
+    assert 'data-cell="steps_saved"' in page and "KD pays in steps" in page and "not-there-yet" not in page
 
 
 def test_a_run_in_flight_has_its_step_loss_and_time_left(halfway):
@@ -110,3 +121,60 @@ def test_a_malformed_run_is_an_error_that_names_it(halfway):
     with pytest.raises(ValueError, match=folder.name):
         halfway.state()
     shutil.rmtree(folder)
+
+
+# ---- as it goes on
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setattr(status.os, "nice", lambda more: more)  # the tests that follow keep their pace
+    return Console(width=120, force_terminal=True, file=io.StringIO())
+
+
+def test_it_is_shown_anew_until_no_run_is_left(halfway, terminal, monkeypatch):
+    halfway.made.baseline()
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        halfway.made.run_all()
+
+    monkeypatch.setattr(status.time, "sleep", sleep)
+    found = status.watch(halfway.reader(), terminal, 7)
+    text = terminal.file.getvalue()
+    assert slept == [7] and found.over and "no teacher selected yet" in text and "read again every 7 s" in text
+
+
+def test_ctrl_c_ends_it_with_what_was_seen_last(halfway, terminal, monkeypatch):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(status.time, "sleep", interrupt)
+    assert not status.watch(halfway.reader(), terminal, 5).over
+
+
+def test_what_did_not_change_is_not_read_twice(halfway, monkeypatch):
+    halfway.made.baseline()
+    reader, read, flags = halfway.reader(), status.RunFolder.read, []
+    monkeypatch.setattr(status.RunFolder, "read", lambda flag: flags.append(flag) or read(flag))
+    first = reader.read()
+    assert len(flags) == len(first.done) > 9
+    flags.clear()
+    assert reader.read().done == first.done and flags == []
+    os.utime(first.done[0].folder / "status.json", (1, 1))
+    reader.read()
+    assert {flag.split("|")[2] for flag in flags} == {str(first.done[0].folder)}
+
+
+def test_without_a_terminal_it_is_printed_once(tmp_path, capsys):
+    assert main(["status", "--results", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "budget: not set yet" in text and "read again" not in text
+
+
+@pytest.mark.parametrize("every", ["0", "-1", "nan", "inf", "often"])
+def test_it_is_not_read_all_the_time(every, capsys):
+    with pytest.raises(SystemExit):
+        main(["status", "--every", every])
+    assert "--every" in capsys.readouterr().err

@@ -42,7 +42,8 @@ def test_every_stage_leaves_its_result(finished):
         kd/full.csv controls.csv tables/curves.csv tables/runs.csv tables/compare.csv tables/teachers.csv
         tables/reached.csv tables/verdict.csv tables/steps_saved_trend.csv tables/break_even.csv
         tables/stop_conditions.csv tables/teacher_budget10_summary.csv tables/ledger.csv verdict.json
-        ce/screen.csv tables/tuning.csv report/index.html figures/val_loss_steps.svg""".split()
+        ce/screen.csv tables/tuning.csv tables/advice.csv tables/headline.csv report/index.html
+        figures/val_loss_steps.svg""".split()
     assert [name for name in expected if not (results / name).is_file()] == []
     runs = rows(results / "tables/runs.csv")
     assert {r["arm"] for r in runs} == {
@@ -81,10 +82,32 @@ def test_the_report_is_one_file_that_needs_no_network(finished):
         assert text in page
 
 
-def test_snakemakes_own_report_works(finished):
+def test_snakemakes_own_report_has_every_stage_its_figures_tables_and_captions(finished):
     finished.run("--report", "snakemake-report.html", *TINY)
     page = (finished.path / "snakemake-report.html").read_text()
-    assert "ledger.csv" in page and "val_loss_steps.svg" in page and "one line each" in page  # files, and a caption
+    assert len(page) < 10 * 2**20
+    for category in ("Verdict", "Comparison", "Teachers", "KD sweep", "Cost of a step", "Ledger"):
+        assert f'"{category}"' in page, category
+    for name in (
+        "verdict.json headline.csv advice.csv warnings.csv compare.csv teachers.csv ledger.csv val_loss_steps.svg "
+        "val_loss_time.svg teachers.svg horizon_curve.svg break_even.svg sweep_parallel.svg isolates.svg step_parts.svg"
+    ).split():
+        assert name in page, name
+    for caption in ("one line each", "What to try next in campaign tiny", "the monotone fit through the means"):
+        assert caption in page, caption
+
+
+def test_a_profile_is_made_when_asked_for_and_then_shown(changed):
+    profile = changed.path / "results/tiny/kd/profile.csv"
+    assert not profile.exists()
+    assert "kd_profile" in jobs(changed.run("results/tiny/kd/profile.csv", *TINY)) and profile.is_file()
+    made = jobs(changed.run(*TINY))
+    assert "report" in made and not {"kd_profile", "train", "compare"} & set(made)
+    page = (changed.path / "results/tiny/report/index.html").read_text()
+    assert 'data-chart="step_parts"' in page and "The largest part of a step: CE only" in page
+    profile.unlink()
+    made = jobs(changed.run(*TINY))
+    assert "report" in made and "kd_profile" not in made
 
 
 # ---- what is made again

@@ -1,9 +1,9 @@
-"""Write the tables that only the report reads: headline, traces, horizons, configs, warnings."""
+"""Write the tables that only the report reads: headline, traces, horizons, configs, warnings, advice."""
 
 from kdclimb.analysis import details
 from kdclimb.analysis.tables import run_script
 
-INPUTS = "budget selected compare tests verdict".split()
+INPUTS = "budget selected target compare tests verdict tuning break_even trend teachers".split()
 OUTPUTS = [f"out_{name}" for name in details.OUTPUTS]
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ from importlib.resources import files
 from kdclimb.analysis.figures import ARM_STYLE
 from kdclimb.analysis.report.parts import ARM_NAMES, Page
 
+# What the script reads.
 DRAWN_FROM = (
-    "traces curves runs screen teachers isolates trend break_even horizon_curve run_pages"  # what the script reads
-).split()
+    "traces curves runs screen teachers isolates profile trend break_even horizon_curve run_pages claims".split()
+)
 DIGITS = 6  # significant: as fine as anything that is read off a chart
 
 
@@ -35,10 +36,10 @@ def plotly() -> str:
     return (files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
 
 
-def document(campaign: str, page: Page, sections: list[str], so_far: str = "") -> str:
+def document(page: Page, sections: list[str], so_far: str = "") -> str:
     """The whole HTML file. `so_far` says how far an unfinished campaign is, and goes to the top."""
     note = f'<p class="sofar"><b>So far.</b> {escape(so_far)}</p>' if so_far else ""
-    return html(f"kdclimb: {campaign}", f"campaign {campaign}", note + "\n".join(sections), data_of(page))
+    return html(f"kdclimb: {page.campaign}", f"campaign {page.campaign}", note + "\n".join(sections), data_of(page))
 
 
 def html(title: str, subtitle: str, body: str, data: dict | None = None) -> str:
@@ -83,15 +84,14 @@ def data_of(page: Page) -> dict:
     names = {arm: {"name": name} for arm, name in ARM_NAMES.items()}
     for arm, (name, colour, dashes) in ARM_STYLE.items():
         names[arm] = {"name": names[arm]["name"] if arm == "screen" else name, "colour": colour, "dash": dashes}
-    decisions = {name: data[name] for name in ("budget", "target") if data[name] is not None}
-    verdict = data["verdict"]
+    fixed = [row["value"] for row in data["headline"] or () if row["figure"] == "fixed_target"]
     return {
-        "tables": {name: by_column(data[name]) for name in DRAWN_FROM if data[name]},
-        "budget_ms": decisions.get("budget", {}).get("budget_ms"),
-        "modelled": decisions.get("budget", {}).get("clock") == "modelled",
-        "target": decisions.get("target", {}).get("value"),
-        "fixed": decisions.get("target", {}).get("fixed", []),
-        "point": verdict and verdict["point"],
+        "tables": {name: by_column(data[name]) for name in DRAWN_FROM if data.get(name)},
+        "budget_ms": page.facts.get("budget_ms"),
+        "modelled": (data["budget"] or {}).get("clock") == "modelled",
+        "target": page.facts.get("target"),
+        "fixed": fixed,
+        "point": data["verdict"] and data["verdict"]["point"],
         "arms": names,
         "alts": page.alts,
         "folders": page.runs,

@@ -64,8 +64,10 @@
     time_with_teacher_ms: `${data.modelled ? "modelled " : ""}training time, teacher's added (ms)`,
   };
   const Y_NAMES = { val_loss: "validation loss (nats)", train_loss: "training loss, hard, normalised (nats)" };
+  const PAPER_WIDTH = 640; // CSS pixels: A4 without its margins
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--fig-${name}`).trim();
   const colour = (arm) => css(data.arms[arm]?.colour ?? "muted");
+  const paper = () => document.documentElement.hasAttribute("data-paper");
   const narrow = () => innerWidth < 600;
   const state = { x: "step", y: "val_loss", horizon: 0, only: null };
 
@@ -88,8 +90,8 @@
         font: { color: css("ink"), size: 12 },
       },
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
-      xaxis: { ...axis, ...xaxis, title: { text: x, standoff: 8 } },
-      yaxis: { ...axis, ...yaxis, title: { text: y, standoff: 8 } },
+      xaxis: { ...axis, ...xaxis, title: { text: x, standoff: 8, font: { size: narrow() ? 11 : 13 } } },
+      yaxis: { ...axis, ...yaxis, title: { text: y, standoff: 8, font: { size: narrow() ? 11 : 13 } } },
       ...rest,
     };
   }
@@ -103,6 +105,7 @@
 
   const escaped = (text) =>
     String(text).replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
+  const rounded = (value) => String(Number(value.toPrecision(3)));
   const cell = (value) => (value === null || value === undefined || value === "" ? "–" : escaped(value));
 
   function nameOf(row) {
@@ -140,6 +143,15 @@
       seen.add(trace.name);
     }
     return traces;
+  }
+
+  // A log axis of milliseconds with ticks at 1, 2 and 5, as the tables write times.
+  function timeAxis(values) {
+    const tickvals = [];
+    for (let ten = 1; ten < 1e10; ten *= 10) tickvals.push(ten, 2 * ten, 5 * ten);
+    const seconds = (ms) => (ms < 1000 ? `${ms} ms` : `${(ms / 1000).toLocaleString("en")} s`);
+    const [low, high] = [Math.min(...values) / 1.3, Math.max(...values) * 1.3];
+    return { type: "log", range: [low, high].map(Math.log10), tickvals, ticktext: tickvals.map(seconds) };
   }
 
   const rule = (more) => ({ type: "line", line: { color: css("muted"), width: 1.2, dash: "dash" }, ...more });
@@ -324,7 +336,7 @@
               mode: kind === "rejected" ? "markers" : "markers+text",
               name: kind,
               text: mine.map((row) => escaped(row.candidate)),
-              textposition: "top center",
+              textposition: mine.map((_, i) => (i % 2 ? "bottom center" : "top center")), // neighbours stay apart
               textfont: { size: 10, color: css("ink") },
               cliponaxis: false,
               x: mine.map((row) => row.train_time_ms),
@@ -380,22 +392,25 @@
               font: { color: css("ink"), size: 12 },
             }),
           ];
+    const times = [data.budget_ms, ...points.flatMap((trace) => trace.x)].filter((ms) => ms != null);
     return [
       points,
-      layout("teacher's training time (ms, log)", "final validation loss (nats)", {
+      layout("teacher's training time (log)", "final validation loss (nats)", {
         shapes,
         annotations,
-        xaxis: { type: "log" },
+        xaxis: timeAxis(times),
       }),
     ];
   }
+
+  const HUES_OF_PARTS = ["muted", "random", "ce", "kd", "boost", "ink"];
+  const PATTERNS = ["", "/", "x", ".", "-", "\\", "+"];
 
   // Each isolate holds all of those above it that are shorter: drawn one over the other, the widest first, a stack.
   function isolateChart() {
     const rows = table("isolates").filter((row) => row.step_ms_median != null);
     const names = rows.map((row) => row.label);
     const hues = ["ce", "random", "kd", "boost", "muted"];
-    const patterns = ["", "/", "x", ".", "-"];
     const parts = rows.map((part, i) => {
       const holding = rows.filter((row, j) => j === i || (j > i && row.step_ms_median >= part.step_ms_median));
       return {
@@ -408,7 +423,7 @@
         customdata: holding.map(() => part.run_id),
         marker: {
           color: css(hues[i % 5]),
-          pattern: { shape: patterns[i % 5], fillmode: "overlay", fgcolor: css("card"), size: 7 },
+          pattern: { shape: PATTERNS[i % 5], fillmode: "overlay", fgcolor: css("card"), size: 7 },
           line: { color: css("card"), width: 1 },
         },
         hovertemplate: holding.map(() =>
@@ -417,8 +432,9 @@
       };
     });
     const ordered = [...parts].sort((a, b) => Math.max(...b.x) - Math.max(...a.x)); // the widest is drawn first
+    const ratio = (row) => (row.ratio_to_ce == null ? "" : ` (${rounded(row.ratio_to_ce)} × CE)`);
     const annotations = rows.map((row) =>
-      note(`${row.step_ms_median} ms${row.ratio_to_ce == null ? "" : ` (${row.ratio_to_ce} × CE)`}`, {
+      note(`${rounded(row.step_ms_median)} ms${ratio(row)}`, {
         x: row.step_ms_median,
         y: row.label,
         xanchor: "left",
@@ -427,7 +443,7 @@
       }),
     );
     const yaxis = { categoryorder: "array", categoryarray: [...names].reverse(), showgrid: false };
-    const xaxis = { range: [0, 1.45 * Math.max(...rows.map((row) => row.step_ms_median))] };
+    const xaxis = { range: [0, (narrow() ? 2.2 : 1.45) * Math.max(...rows.map((row) => row.step_ms_median))] };
     return [
       ordered,
       layout("median step (ms)", "", {
@@ -441,20 +457,73 @@
     ];
   }
 
+  // Where the time of each isolate's step goes, part upon part.
+  function partsChart() {
+    const rows = table("profile");
+    const names = [...new Set(rows.map((row) => row.label))];
+    const bars = [...grouped(rows, "part")].map(([name, mine], i) => ({
+      type: "bar",
+      orientation: "h",
+      name: escaped(name),
+      x: mine.map((row) => row.ms_median),
+      y: mine.map((row) => escaped(row.label)),
+      width: 0.55,
+      customdata: mine.map((row) => row.run_id),
+      marker: {
+        color: css(HUES_OF_PARTS[i % 6]),
+        pattern: { shape: PATTERNS[i % 7], fillmode: "overlay", fgcolor: css("card"), size: 7 },
+        line: { color: css("card"), width: 1 },
+      },
+      hovertemplate: mine.map((row) =>
+        hover(`${name} of ${row.label}`, row, ["ms_median", "ms_p90", "share_of_step", "step_ms_median"]),
+      ),
+    }));
+    return [
+      bars,
+      layout("median of the step's part (ms)", "", {
+        barmode: "stack",
+        yaxis: { categoryorder: "array", categoryarray: names.map(escaped).reverse(), showgrid: false },
+        height: 320,
+      }),
+    ];
+  }
+
+  // Between low and high, from end to end; nothing where fewer than two horizons have an interval.
+  function band(rows, hue, common) {
+    if (rows.length < 2) return [];
+    const back = [...rows].reverse();
+    return [
+      {
+        ...common,
+        mode: "lines",
+        fill: "toself",
+        fillcolor: hue,
+        opacity: 0.16,
+        line: { width: 0 },
+        hoverinfo: "skip",
+        showlegend: false,
+        x: [...rows, ...back].map((row) => row.horizon),
+        y: [...rows.map((row) => row.high), ...back.map((row) => row.low)],
+      },
+    ];
+  }
+
   function horizonChart() {
     const parts = [];
-    for (const [label, rows] of grouped(table("horizon_curve"), "label")) {
-      const arm = rows[0].arm,
+    const arms = [...grouped(table("horizon_curve"), "arm").values()];
+    for (const rows of arms.flatMap((mine) => [...grouped(mine, "label").values()])) {
+      const { arm, label } = rows[0],
         hue = colour(arm),
-        name = arm === "ce" ? "CE" : `KD ${label}`;
+        name = arm === "ce" ? "CE" : `KD ${label}`.trim();
       const seeds = rows.filter((row) => row.seed != null),
         means = rows.filter((row) => row.seed == null);
       const known = means.filter((row) => row.low != null);
       const common = { type: "scatter", legendgroup: name };
-      parts.push({
+      parts.push(...band(known, hue, common), {
         ...common,
         mode: "lines",
         name,
+        showlegend: means.length > 0,
         x: means.map((row) => row.horizon),
         y: means.map((row) => row.fitted),
         line: { color: hue, width: 2.2 },
@@ -469,11 +538,18 @@
           visible: known.length > 0,
         },
         hovertemplate: means.map((row) =>
-          hover(`${name}, mean of ${cell(row.n_seeds)} seeds`, row, ["horizon", "final_val", "fitted", "low", "high"]),
+          hover(row.n_seeds == null ? name : `${name}, mean of ${row.n_seeds} seeds`, row, [
+            "horizon",
+            "final_val",
+            "fitted",
+            "low",
+            "high",
+          ]),
         ),
       });
       const ids = seeds.map(
         (row) =>
+          row.run_id ??
           [...runs.values()].find(
             (run) =>
               run.arm === arm &&
@@ -486,12 +562,14 @@
         ...common,
         mode: "markers",
         name,
-        showlegend: false,
+        showlegend: !means.length,
         x: seeds.map((row) => row.horizon),
         y: seeds.map((row) => row.final_val),
         customdata: ids,
         marker: { color: hue, symbol: SYMBOLS[arm], size: 9, opacity: 0.75 },
-        hovertemplate: seeds.map((row) => hover(`${name}, seed ${row.seed}`, row, ["horizon", "final_val", "fitted"])),
+        hovertemplate: seeds.map((row) =>
+          hover(row.run_id ?? `${name}, seed ${row.seed}`, row, ["horizon", "final_val", "fitted"]),
+        ),
       });
     }
     const ticks = [...new Set(table("horizon_curve").map((row) => row.horizon))];
@@ -504,8 +582,37 @@
     ];
   }
 
+  // A column of the matched claims, a line each, about the level at which the two runs are alike.
+  const claimsChart = (column, words, level) => () => {
+    const rows = table("claims").filter((row) => row[column] != null);
+    const known = column === "val_delta" ? rows.filter((row) => row.noise != null) : [];
+    const names = rows.map((row) => `${escaped(row.run_id)}<br>against ${escaped(row.against)}`);
+    const noise = known.map((row) => {
+      const i = rows.indexOf(row);
+      const place = { xref: "x", yref: "y", x0: -row.noise, x1: row.noise, y0: i - 0.45, y1: i + 0.45, layer: "below" };
+      return { type: "rect", ...place, fillcolor: css("muted"), opacity: 0.2, line: { width: 0 } };
+    });
+    const points = {
+      type: "scatter",
+      mode: "markers",
+      x: rows.map((row) => row[column]),
+      y: rows.map((_, i) => i),
+      customdata: rows.map((row) => row.run_id),
+      marker: { color: colour("kd"), size: 11 },
+      hovertemplate: rows.map((row) => hover(row.claim, row, [column, "noise", "steps_worth_low", "steps_worth_high"])),
+    };
+    const shapes = [...noise, rule({ yref: "paper", x0: level, x1: level, y0: 0, y1: 1 })];
+    const yaxis = { tickvals: rows.map((_, i) => i), ticktext: names, autorange: "reversed", showgrid: false };
+    yaxis.tickfont = { size: narrow() ? 9 : 10 };
+    yaxis.automargin = false;
+    const margin = { l: narrow() ? 150 : 175, r: 15, t: 10, b: 10 };
+    return [rows.length ? [points] : [], layout(words, "", { shapes, yaxis, margin, height: 70 + 38 * rows.length })];
+  };
+
   function breakEvenChart() {
-    const rows = table("break_even").filter((row) => row.needed != null || row.measured != null);
+    const rows = table("break_even")
+      .filter((row) => row.needed != null || row.measured != null)
+      .sort((a, b) => a.target_value - b.target_value); // the first to be met is on top
     const y = rows.map((row) => String(row.target_value));
     const columns = [
       "target_value",
@@ -550,7 +657,7 @@
       layout("share of CE's steps saved", "target (nats)", {
         shapes,
         xaxis: { tickformat: ".0%" },
-        yaxis: { type: "category" },
+        yaxis: { type: "category", range: [-0.6, rows.length - 0.4] },
         height: 320,
       }),
     ];
@@ -696,7 +803,7 @@
       const all = [...new Set(rows.map((row) => row[knob]).filter((value) => value != null))];
       base[i ? `xaxis${i + 1}` : "xaxis"] = {
         ...base.xaxis,
-        title: { text: short(knob) },
+        title: { ...base.xaxis.title, text: short(knob) },
         tickvals: all,
         type: all.every((v) => typeof v === "number") ? "linear" : "category",
       };
@@ -711,25 +818,30 @@
     steps_saved_trend: trendChart,
     teachers: teacherChart,
     isolates: isolateChart,
+    step_parts: partsChart,
     horizon_curve: horizonChart,
+    claims: claimsChart("val_delta", "nats against the other run, less is better", 0),
+    claim_times: claimsChart("time_ratio", "time, as a multiple of the other's", 1),
     break_even: breakEvenChart,
     kd_alive: aliveChart,
     sweep_parallel: parallelChart,
     sweep_knobs: knobChart,
   };
 
-  async function draw(element, chart) {
+  async function draw(element, chart, anew = false) {
     const [parts, how] = chart();
     if (!parts.length) return;
     if (!element.classList.contains("drawn")) {
       element.replaceChildren();
       element.classList.add("drawn");
       element.setAttribute("role", "group"); // its parts can be reached now; what it shows is said below it too
+      anew = true;
     }
-    await Plotly.react(element, parts, how, CONFIG);
-    if (element.dataset.click) return;
-    element.dataset.click = "1";
-    element.on("plotly_click", ({ points: [point] }) => point.customdata && only(point.customdata));
+    const { height, ...rest } = how;
+    element.style.height = `${height}px`; // or Plotly would lose it when the window changes its size
+    element.style.width = paper() ? `${PAPER_WIDTH}px` : "";
+    await (anew ? Plotly.newPlot : Plotly.react)(element, parts, rest, CONFIG);
+    if (anew) element.on("plotly_click", ({ points: [point] }) => point.customdata && only(point.customdata));
   }
 
   const still = new Set();
@@ -747,10 +859,18 @@
     },
     { rootMargin: "400px" },
   );
-  const redraw = (names) =>
+  const redraw = (names, anew) =>
     $$("#report .drawn")
       .filter((e) => !names || names.includes(e.dataset.chart))
-      .forEach((e) => draw(e, CHARTS[e.dataset.chart]));
+      .forEach((e) => draw(e, CHARTS[e.dataset.chart], anew));
+
+  // Paper is light and narrow, whatever the screen is.
+  function onPaper(yes) {
+    document.documentElement.toggleAttribute("data-paper", yes);
+    redraw(null, true);
+    drawAll();
+    charts.forEach(([box, chart]) => box.isConnected && draw(box, chart, true));
+  }
 
   // ---- filters
 
@@ -776,7 +896,7 @@
       const run = runs.get(state.only);
       bar.append(
         `Tables show ${run ? nameOf(run) : state.only} alone. `,
-        link("Its page", `#run=${state.only}`),
+        ...(run ? [link("Its page", `#run=${state.only}`)] : []),
         button("Show all", () => only(null)),
       );
     }
@@ -845,7 +965,8 @@
       ),
     );
     const heading = el("tr", {}, ...head.map((text) => el("th", { className: "left", scope: "col" }, text)));
-    return el("div", { className: "scroll" }, el("table", {}, el("thead", {}, heading), el("tbody", {}, ...rows)));
+    const whole = el("table", {}, el("thead", {}, heading), el("tbody", {}, ...rows));
+    return el("div", { className: "scroll", tabIndex: 0 }, whole);
   }
 
   const HUES = [
@@ -995,6 +1116,8 @@
     ];
   }
 
+  let left = null; // where the reader was, to come back to
+
   function route() {
     const match = /^#runs?=(.+)$/.exec(location.hash);
     const page = $("#runs-page");
@@ -1007,9 +1130,14 @@
         else box.closest("figure").remove();
       }
       scrollTo(0, 0);
+      $("a", page).focus({ preventScroll: true }); // or the keyboard would start anew
     } else {
       page.replaceChildren();
-      document.getElementById(location.hash.slice(1))?.scrollIntoView();
+      if (left && location.hash === "#report") {
+        scrollTo({ top: left.top, behavior: "instant" });
+        left.link.focus({ preventScroll: true });
+      } else document.getElementById(location.hash.slice(1))?.scrollIntoView();
+      left = null;
     }
     say();
   }
@@ -1036,7 +1164,12 @@
   });
   $("#find")?.addEventListener("input", ({ target }) => find(target.value));
   addEventListener("hashchange", route);
-  addEventListener("beforeprint", drawAll);
+  addEventListener("click", ({ target }) => {
+    const inside = target.closest("#report, #chosen");
+    if (inside && target.matches('a[href^="#run"]')) left = { link: target, top: scrollY };
+  });
+  addEventListener("beforeprint", () => onPaper(true));
+  addEventListener("afterprint", () => onPaper(false));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
     redraw();
     route();

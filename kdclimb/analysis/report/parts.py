@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import NamedTuple
 
+from kdclimb.analysis.alts import facts
 from kdclimb.analysis.figures import ARM_STYLE
 from kdclimb.analysis.tables import show_ms, show_number
 
-ARM_NAMES = {arm: style[0] for arm, style in ARM_STYLE.items()} | {"screen": "KD screen"}
+ARM_NAMES = {arm: style[0] for arm, style in ARM_STYLE.items()} | {"screen": "KD screen", "ce_screen": "CE screen"}
 ARM_NAMES |= {
     "probe": "teacher probe",
     "teacher": "teacher",
@@ -32,10 +33,12 @@ class Column(NamedTuple):
 class Page:
     """The data of the page, where they are from, and the pieces that its sections are made of.
 
-    `data`: rows of each table and the decisions, None where there is none yet; `files`: links, relative to the page;
-    `drawn`: SVG of each figure; `alts`: what each figure shows, in words; `runs`: links to the runs' folders.
+    `campaign`: its name; `data`: rows of each table and the decisions, None where there is none yet; `files`: links,
+    relative to the page; `drawn`: SVG of each figure; `alts`: what each figure shows, in words; `runs`: links to the
+    runs' folders.
     """
 
+    campaign: str
     data: dict
     files: dict[str, str]
     drawn: dict[str, str]
@@ -45,17 +48,45 @@ class Page:
     def has(self, *names: str) -> bool:
         return all(self.data[name] is not None for name in names)
 
-    def links(self, *names: str) -> str:
-        """Links to the files that the numbers of a section are read from."""
-        parts = (f'<a href="{escape(self.files[n])}">{escape(os.path.basename(self.files[n]))}</a>' for n in names)
-        return f'<p class="source">Source: {", ".join(parts)}</p>'
+    @property
+    def facts(self) -> dict[str, float | None]:
+        return facts(self.data)
+
+    def links(self, *names: str, behind: Iterable[str] | None = None, arms: Iterable[str] = ()) -> str:
+        """Links to the files, as far as they are there, that the numbers of a section are read from, and to the folders
+        of the runs behind them: those that these tables name, or the tables `behind`, and those of `arms`.
+        """
+        paths = [self.files[name] for name in names if self.has(name)]
+        parts = (f'<a href="{escape(path)}">{escape(os.path.basename(path))}</a>' for path in paths)
+        source = f'<p class="source">Source: {", ".join(parts)}</p>'
+        return source + self._folders(self._behind(names if behind is None else behind, arms))
+
+    def _behind(self, names: Iterable[str], arms: Iterable[str]) -> list[str]:
+        """The ids of the runs that these tables and decisions name, and of those of these arms."""
+        tables = [rows if isinstance(rows, list) else [rows] for name in names if (rows := self.data[name])]
+        tables.append([row for row in self.data["runs"] or () if row["arm"] in arms])
+        found = (row.get(key) for rows in tables for row in rows for key in ("run_id", "probe_run_id"))
+        return [run_id for run_id in dict.fromkeys(found) if run_id in self.runs]
+
+    def folder(self, run_id: str, words: str) -> str:
+        """A link to the run's folder, if its place is known."""
+        place = self.runs.get(run_id)
+        return f'<a href="{escape(place)}/">{escape(words)}</a>' if place else escape(words)
+
+    def _folders(self, ids: list[str]) -> str:
+        if not ids:
+            return ""
+        items = "".join(f"<li>{self.folder(run_id, run_id)}</li>" for run_id in ids)
+        words = "folder of the run" if len(ids) == 1 else f"folders of the {len(ids)} runs"
+        return f'<details class="folders"><summary>The {words} behind it</summary><ul>{items}</ul></details>'
 
     def figure(self, name: str, caption: str, controls: str = "") -> str:
         """A figure: drawn by matplotlib, and once the page's script runs drawn again to be explored."""
-        plot, alt = self.drawn.get(name, ""), escape(self.alts.get(name) or name.replace("_", " "))
+        plot, alt = self.drawn.get(name, ""), escape(self.alts.get(name, ""))
         if not plot:
-            return f'<figure><p class="empty">no data</p><figcaption>{caption}</figcaption></figure>'
-        picture = f'<div class="plot" data-chart="{name}" role="img" aria-label="{alt}">{plot}</div>'
+            return '<figure><p class="empty">Nothing to draw.</p></figure>'
+        label = alt or name.replace("_", " ")
+        picture = f'<div class="plot" data-chart="{name}" role="img" aria-label="{label}">{plot}</div>'
         return f'<figure>{controls}{picture}<figcaption>{caption} <span class="alt">{alt}</span></figcaption></figure>'
 
     def warnings(self, place: str) -> str:
@@ -73,8 +104,8 @@ class Page:
     @property
     def horizon(self) -> int:
         """The longest that CE was planned for, where arms are compared."""
-        if self.data["verdict"] is not None:
-            return self.data["verdict"]["horizon"]
+        if self.facts.get("full_horizon") is not None:
+            return int(self.facts["full_horizon"])
         return max((row["horizon"] for row in self.data["curves"] or () if row["arm"] == "ce"), default=0)
 
 
@@ -134,7 +165,7 @@ def table(rows: Iterable[dict], columns: list[Column], empty: str, marked: Calla
         mark += f' data-run="{escape(str(row["run_id"]))}"' if row.get("run_id") else ""
         cells = "".join(f"<td{side[column]}>{column.cell(row)}</td>" for column in columns)
         body += f"<tr{mark}>{cells}</tr>\n"
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def section(title: str, lead: str, *parts: str) -> str:

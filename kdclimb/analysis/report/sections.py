@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from html import escape
 from typing import NamedTuple
 
 from kdclimb.analysis.ledger import LEDGER_COLUMNS
+from kdclimb.analysis.paired import WORSE
 from kdclimb.analysis.report.parts import (
     ARM_NAMES,
     NOTHING,
@@ -24,6 +26,7 @@ from kdclimb.analysis.report.parts import (
     text,
 )
 from kdclimb.analysis.tables import show_ms, show_number
+from kdclimb.analysis.tested import headline
 
 METRICS = {
     "step": "steps",
@@ -51,11 +54,15 @@ def verdict_section(page: Page) -> str:
         items = "".join(f"<li>{escape(reason)}</li>" for reason in verdict["not_claimable_because"])
         doubts = f'<ul class="doubts">{items}</ul>'
     first, dot, rest = verdict["sentence"].partition(". ")
+    answer, colon, fact = first.partition(": ")
+    if "(" in answer or not colon:
+        answer, colon, fact = first, "", ""
+    sentence = f"<b>{escape(answer)}{colon}</b>{escape(fact)}{dot.strip()}"
     more = f'<p class="more">{escape(rest)}</p>' if rest else ""
     return (
-        f'<section class="verdict" id="verdict">{badge}<p class="sentence">{escape(first)}{dot.strip()}</p>'
-        f"{_tiles(page)}{_budget_line(page)}{more}{doubts}{page.warnings('verdict')}"
-        f"{page.links('headline', 'compare', 'tests', 'verdict')}</section>"
+        f'<section class="verdict" id="verdict">{badge}<p class="sentence">{sentence}</p>'
+        f"{_tiles(page)}{_budget_line(page)}{_answers(page)}{more}{doubts}{page.warnings('verdict')}"
+        f"{page.links('headline', 'compare', 'tests', 'verdict', behind=('full', 'controls'), arms=('ce',))}</section>"
     )
 
 
@@ -81,54 +88,98 @@ def _spread(row: dict) -> str:
     if not seeds:
         return "nothing to compare"
     show = show_ms if row["figure"].startswith("time") else show_number
-    words = f"mean of {seeds} seed{'s' * (seeds != 1)}"
-    words += f": {show(row['low'])} to {show(row['high'])}".replace("-", "&minus;") if seeds > 1 else ""
-    if row["ratio_low"] is not None and row["ratio_high"] is not None:
-        words += f"<br>interval {percent('ratio_high')(row)} to {percent('ratio_low')(row)}"
+    words = f"mean of {seeds} seeds: {show(row['low'])} to {show(row['high'])}".replace("-", "&minus;")
+    if row["low"] == row["high"]:
+        words = "of one seed" if seeds == 1 else f"with each of {seeds} seeds"
+    if row["saved_share_low"] is not None and row["saved_share_high"] is not None:
+        words += f"<br>interval {percent('saved_share_low')(row)} to {percent('saved_share_high')(row)}"
     return words
 
 
 def _budget_line(page: Page) -> str:
     """The teacher's time of its budget, as words and as a bar."""
-    found = {row["figure"]: row["value"] for row in page.data["headline"]}
-    share, teacher = page.data["verdict"]["budget_share"], found["teacher_ms"]
+    share, teacher, budget = (page.facts[name] for name in ("budget_share", "teacher_ms", "budget_ms"))
     if share is None or teacher is None:
-        return f'<p class="budget">No teacher within the budget of {show_ms(found["budget_ms"])}.</p>'
+        return f'<p class="budget">No teacher within the budget of {show_ms(budget)}.</p>'
     return (
-        f'<p class="budget">Teacher: <b>{show_ms(teacher)}</b> of its budget of {show_ms(found["budget_ms"])}, '
+        f'<p class="budget">Teacher: <b>{show_ms(teacher)}</b> of its budget of {show_ms(budget)}, '
         f'{share:.0%}</p><div class="bar"><i style="width:{min(share, 1):.1%}"></i></div>'
     )
 
 
-def budget_section(page: Page) -> str:
-    budget, teacher, share = page.data["budget"], page.data["selected"], page.data["verdict"]["budget_share"]
-    terms = (
-        f"CE takes {show_ms(budget['ce_train_time_ms'])} over {budget['horizon']} steps (median of its seeds; "
-        f"{escape(str(budget['device']))}, {text('threads')(budget)} thread{'s' * (budget['threads'] != 1)}, "
-        f"{escape(budget['clock'])} clock). "
-        f"A teacher may take {budget['fraction']:.0%} of that: {show_ms(budget['budget_ms'])}."
+def _answers(page: Page) -> str:
+    """Why: what was asked, and what the tests and the first validations answer; empty where KD was not tried."""
+    verdict = page.data["verdict"]
+    if not verdict["point"]:
+        return ""
+    tested = headline(page.data["tests"], verdict["point"])
+    controls = ", ".join(ARM_NAMES[arm] for arm in verdict["explained_by"] or verdict["not_told_apart_from"])
+    asked = {
+        "Pays in steps": (verdict["kd_pays_steps"], tested["crossing"]["steps"]),
+        "Pays by complete horizons": (verdict["kd_pays_horizon"], tested["horizon"]["steps"]),
+        "Pays in time, teacher counted": (
+            verdict["kd_pays_time_with_teacher"],
+            tested["crossing"]["time_with_teacher_ms"],
+        ),
+        "Teaches from the first validation on": (verdict["kd_alive"]["kd_below_ce"], None),
+        f"Better than its controls{f' (not than {controls})' if controls else ''}": (not controls, None),
+    }
+    items = "".join(f"<li>{escape(what)}: {_answer(*found)}</li>" for what, found in asked.items())
+    return f'<ul class="answers" aria-label="What the tests answer">{items}</ul>'
+
+
+def _answer(holds: bool | None, test: dict | None) -> str:
+    if holds is None:
+        return '<b class="none">? not known</b>'
+    if holds:
+        return '<b class="good">&check; yes</b>'
+    return f'<b class="bad">&cross; {"no, worse than CE" if test and test["outcome"] == WORSE else "not shown"}</b>'
+
+
+def advice_section(page: Page) -> str:
+    files = {os.path.basename(path): path for path in page.files.values()}
+    items = "".join(
+        f"<li><b>{escape(row['what'])}</b>: {escape(row['why'])}. "
+        f"<small><code>{escape(row['keys'])}</code>, by "
+        f'<a href="{escape(files[row["source"]])}">{escape(row["source"])}</a></small></li>'
+        for row in page.data["advice"]
     )
-    if teacher["run_id"] is None:
+    parts = f'<ol class="advice">{items}</ol>' if items else '<p class="empty">Nothing follows from the tables.</p>'
+    return section(
+        "What to try next", "What follows from the tables, with the keys of the config.", parts, page.links("advice")
+    )
+
+
+def budget_section(page: Page) -> str:
+    budget, facts, teacher = page.data["budget"], page.facts, page.data["selected"]
+    terms = (
+        f"CE takes {show_ms(facts['ce_train_time_ms'])} over {number('horizon')(facts)} steps (median of its seeds; "
+        f"{escape(str(budget['device']))}, {text('threads')(facts)} thread{'s' * (facts['threads'] != 1)}, "
+        f"{escape(budget['clock'])} clock). "
+        f"A teacher may take {facts['fraction']:.0%} of that: {show_ms(facts['budget_ms'])}."
+    )
+    if teacher is None:
         return section(
-            "Teacher budget",
-            terms,
-            f'<p class="empty">{escape(teacher["reason"])}</p>',
-            page.links("budget", "selected"),
+            "Teacher budget", terms, '<p class="empty">No teacher is selected yet.</p>', page.links("budget")
         )
+    if teacher["run_id"] is None:
+        used = f'<p class="empty">{escape(teacher["reason"])}</p>'
+        return section("Teacher budget", terms, used, page.links("headline", "budget", "selected"))
+    share = "" if facts.get("budget_share") is None else f", {facts['budget_share']:.0%} of its budget,"
     used = (
         f"<p>{'Imported teacher' if teacher['imported'] else 'Teacher'} <b>{escape(teacher['candidate'])}</b> "
-        f"{'is declared to have taken' if teacher['imported'] else 'took'} {show_ms(teacher['train_time_ms'])}, "
-        f"{share:.0%} of its budget, and reached {teacher['final_val']:.4f} nats, which is the target.</p>"
+        f"{'is declared to have taken' if teacher['imported'] else 'took'} {show_ms(facts['teacher_ms'])}{share} "
+        f"and reached {facts['teacher_final_val']:.4f} nats, which is the target.</p>"
     )
-    return section("Teacher budget", terms, used, page.links("budget", "selected", "target", "timing"))
+    return section("Teacher budget", terms, used, page.links("headline", "budget", "selected", "target", "timing"))
 
 
 def alive_section(page: Page) -> str:
-    alive = page.data["verdict"]["kd_alive"]
+    alive, facts = page.data["verdict"]["kd_alive"], page.facts
     rows = [
-        {"name": "KD", "val": alive["first_val_kd"], "below": alive["kd_below_ce"]},
-        {"name": "CE", "val": alive["first_val_ce"], "below": None},
-        {"name": "KD, random teacher", "val": alive["first_val_random"], "below": alive["random_below_ce"]},
+        {"name": "KD", "val": facts["first_val_kd"], "below": alive["kd_below_ce"]},
+        {"name": "CE", "val": facts["first_val_ce"], "below": None},
+        {"name": "KD, random teacher", "val": facts["first_val_random"], "below": alive["random_below_ce"]},
     ]
     columns = [
         Column("Arm", text("name"), words=True),
@@ -140,7 +191,8 @@ def alive_section(page: Page) -> str:
         "shape should not; if it does, something else than its knowledge is at work."
     )
     figure = page.figure("kd_alive", "The first validations at the screen&rsquo;s horizon, one seed.")
-    return section("Is KD alive?", lead, figure, table(rows, columns, ""), page.links("verdict", "curves"))
+    source = page.links("headline", "curves", behind=("screen",), arms=("ce", "control_random"))
+    return section("Is KD alive?", lead, figure, table(rows, columns, ""), source)
 
 
 def curves_section(page: Page) -> str:
@@ -169,7 +221,7 @@ def curves_section(page: Page) -> str:
         page.figure("val_loss_steps", words, controls),
         f'<div class="static">{page.figure("val_loss_time", timed)}</div>',
         f'<div class="pair">{deltas}{rate}</div>',
-        page.links("curves", "traces"),
+        page.links("curves", "traces", behind=("full", "controls"), arms=("ce", "kd", "ngram", "log")),
     )
 
 
@@ -188,6 +240,7 @@ COMPARED: list[Column] = [
 
 def compare_section(page: Page) -> str:
     rows = [row for row in page.data["compare"] if row["arm"] in ("ce", "kd", "log")]
+    rows = sorted(rows, key=lambda row: -row["horizon"])  # what is judged comes first
     why = f": {escape(page.data['target']['reason'])}" if page.data["target"]["value"] is None else ""
     lead = (
         "Reaching the target takes two validations in a row at or below it. Each run is held against the CE run of the "
@@ -198,7 +251,7 @@ def compare_section(page: Page) -> str:
     notes = sorted({row["time_note"] for row in page.data["compare"] if row["time_note"]})
     notes = "".join(f'<p class="empty">{escape(note)}</p>' for note in notes)
     parts = page.warnings("compare"), table(rows, COMPARED, "no run to compare"), notes
-    parts += (page.links("compare", "full", "runs"),)
+    parts += (page.links("compare", "full", "runs", behind=("full",), arms=("ce", "log")),)
     return section("Steps and time to the target", lead, *parts)
 
 
@@ -214,8 +267,8 @@ COST_NAMES = {
 
 
 def percent(key: str) -> Callable[[dict], str]:
-    """The saving, in percent, that the ratio under `key` is."""
-    return quantity(key, lambda ratio: f"{100 * (1 - ratio):+.1f} %")
+    """The share under `key`, in percent."""
+    return quantity(key, lambda share: f"{share:+.1%}".replace("-", "&minus;"))
 
 
 def compared(row: dict) -> str:
@@ -230,25 +283,25 @@ def said(row: dict) -> str:
 
 
 def tests_section(page: Page) -> str:
-    rules, verdict = page.data["verdict"]["rules"], page.data["verdict"]
+    rules, verdict = page.facts, page.data["verdict"]
     columns = [
         Column("What", compared, words=True),
         Column("Cost", lambda row: COST_NAMES[row["cost"]], words=True),
-        Column("Saved", percent("ratio")),
-        Column("from", percent("high")),
-        Column("to", percent("low")),
+        Column("Outcome", said, words=True),
+        Column("Saved", percent("saved_share")),
+        Column("from", percent("saved_share_low")),
+        Column("to", percent("saved_share_high")),
         Column("p", quantity("p_sooner", "{:.2g}".format)),
         Column("Holm", quantity("p_holm", "{:.2g}".format)),
         Column("Seeds", number("n_pairs")),
         Column("censored", number("n_censored")),
         Column("Seeds needed", number("seeds_needed")),
         Column("Could be seen", quantity("smallest_effect", "{:.0%}".format)),
-        Column("Outcome", said, words=True),
     ]
     lead = (
         "Pairs of one seed; saved is 1 minus the ratio of their figures. Set before the runs: intervals at "
-        f"{rules['confidence']:.0%}, one-sided p below {rules['p_value']:g} after Holm&rsquo;s adjustment, "
-        f"power {rules['power']:.0%}, a teacher shared by {rules['amortize']} students. On the way, a run meets a "
+        f"{rules['confidence']:.0%}, one-sided p below {rules['p_value']:g} after Holm&rsquo;s adjustment, power "
+        f"{rules['power']:.0%}, a teacher shared by {number('amortize')(rules)} students. On the way, a run meets a "
         "target while its LR is still high: that shows how fast it learns, not what a run that stops there would "
         "cost. The complete horizon is the shortest run that ends at the target, as a speedrun would pay for it, "
         "and known no finer than the horizons are close. &lsquo;Seeds needed&rsquo; would show a saving of the size "
@@ -257,7 +310,7 @@ def tests_section(page: Page) -> str:
     tuning = "".join(f'<p class="empty">{escape(verdict[key])}</p>' for key in ("tuning", "ngram") if verdict[key])
     judged = [row for row in page.data["tests"] if row["cost"] != "tokens"]
     parts = page.warnings("tests"), table(judged, columns, "nothing was compared"), tuning
-    parts += (page.links("tests", "reached", "tuning", "ce_screen"),)
+    parts += (page.links("tests", "reached", "tuning", "ce_screen", behind=("full", "controls"), arms=("ce", "ngram")),)
     return section("How sure", lead, *parts)
 
 
@@ -267,7 +320,7 @@ def trend_section(page: Page) -> str:
         "line KD is ahead. A lead that shrinks to the right does not last."
     )
     figure = page.figure("steps_saved_trend", "CE&rsquo;s step less KD&rsquo;s at the same loss, one line a seed.")
-    return section("Where KD saves", lead, figure, page.links("trend"))
+    return section("Where KD saves", lead, figure, page.links("trend", arms=("ce", "kd")))
 
 
 def break_even_section(page: Page) -> str:
@@ -291,7 +344,7 @@ def break_even_section(page: Page) -> str:
         "break_even", "Saving needed (diamond; open: if the teacher is shared) and measured, with its interval."
     )
     rows = table(page.data["break_even"], columns, "nothing was compared")
-    return section("Break-even", lead, figure, rows, page.links("break_even"))
+    return section("Break-even", lead, figure, rows, page.links("break_even", arms=("ce", "kd", "teacher")))
 
 
 def controls_section(page: Page) -> str:
@@ -302,7 +355,13 @@ def controls_section(page: Page) -> str:
         "steps has a horizon of its own, and is compared by its end."
     )
     rows = table(rows, COMPARED, "no control was run")
-    return section("Controls", lead, page.warnings("controls"), rows, page.links("controls", "compare"))
+    return section(
+        "Controls",
+        lead,
+        page.warnings("controls"),
+        rows,
+        page.links("controls", "compare", behind=("controls",), arms=("ce",)),
+    )
 
 
 def candidate(row: dict) -> str:
@@ -310,13 +369,13 @@ def candidate(row: dict) -> str:
 
 
 def promoted(row: dict) -> str:
-    """The checklist: yes or no, and below it the points that are not met or not known."""
+    """The checklist: yes or no, and folded away its points."""
     names = {"budget": "budget", "falling": "falling", "no_oom": "no OOM", "artifacts": "artifacts"}
     parts = [
         f"{name} {row[f'check_{key}'] or 'not known'}: {row[f'check_{key}_by'] or 'not trained'}"
         for key, name in names.items()
     ]
-    return f"{text('promoted')(row)}<small>{escape('; '.join(parts))}</small>"
+    return f"<details><summary>{text('promoted')(row)}</summary><small>{escape('; '.join(parts))}</small></details>"
 
 
 def teachers_section(page: Page) -> str:
@@ -341,7 +400,14 @@ def teachers_section(page: Page) -> str:
         "teachers",
         "Training time against loss. Left of the dashed line is within the budget; the rejected are grey.",
     )
-    return section("Teachers", lead, page.warnings("teachers"), figure, rows, page.links("teachers", "summary"))
+    return section(
+        "Teachers",
+        lead,
+        page.warnings("teachers"),
+        figure,
+        rows,
+        page.links("teachers", "summary", behind=("teachers",)),
+    )
 
 
 def stop_section(page: Page) -> str:
@@ -351,7 +417,9 @@ def stop_section(page: Page) -> str:
         Column("Evidence", lambda row: f'<span class="words">{text("evidence")(row)}</span>', words=True),
     ]
     lead = "What the campaign set out to answer, and whether it did."
-    return section("Stop conditions", lead, table(page.data["stop"], columns, ""), page.links("stop"))
+    return section(
+        "Stop conditions", lead, table(page.data["stop"], columns, ""), page.links("stop", behind=("teachers", "full"))
+    )
 
 
 def screen_section(page: Page) -> str:
@@ -370,7 +438,7 @@ def screen_section(page: Page) -> str:
         "Each point of the KD grid at the first horizon, one seed, ranked by steps to target, then by how little the "
         "curve turns up, then by final loss. The best go on to the full horizon."
     )
-    point = page.data["verdict"]["point"]
+    point = (page.data["verdict"] or {}).get("point")
     rows = table(page.data["screen"], columns, "nothing was screened", lambda row: row["label"] == point)
     across = page.figure(
         "sweep_parallel", "One line a point, from its knobs to what came of it; the best is the thick one."
@@ -382,30 +450,42 @@ def screen_section(page: Page) -> str:
 
 def isolates_section(page: Page) -> str:
     lead = "What a step costs: CE alone, with the teacher&rsquo;s forward pass, and with the whole of KD."
-    figure = page.figure("isolates", "Median milliseconds of a step; the first steps are dropped.")
+    figure = page.figure(
+        "isolates",
+        "Median milliseconds of a step, the first ones dropped; the multiple of CE is at one speed of the machine.",
+    )
     failed = [row for row in page.data["isolates"] if row["status"] != "ok"]
     words = "".join(
         f'<p class="empty">{escape(row["label"])}: {escape(row["status"])}: {escape(row["reason"])}</p>'
         for row in failed
     )
-    return section("Cost of a step", lead, figure, words, page.links("isolates"))
+    if page.has("profile"):
+        caption = "Where the time of a step goes, the same runs once more: medians of its parts, which need not add up."
+        parts, sources = page.figure("step_parts", caption), ("isolates", "profile")
+    else:
+        command = f"<code>./run results/{escape(page.campaign)}/kd/profile.csv</code>, then <code>./run</code>"
+        words += f'<p class="empty">The parts of a step are not measured: {command}.</p>'
+        parts, sources = "", ("isolates",)
+    return section("Cost of a step", lead, figure, parts, words, page.links(*sources))
 
 
 def ledger_section(page: Page) -> str:
     words = ("run_id", "mode", "status", "artifact_dir")
-    columns = [Column(name, _ledger_cell(name), name in words) for name in LEDGER_COLUMNS]
+    columns = [Column(name, _ledger_cell(page, name), name in words) for name in LEDGER_COLUMNS]
     lead = (
         "Every run of the campaign. &lsquo;-&rsquo; means not applicable; alpha is the weight of the KD term; "
         "val_instability is the sum of the upward moves of the validation loss, in nats."
     )
     rows = table(page.data["ledger"], columns, "no run")
     parts = f"<details><summary>{len(page.data['ledger'])} runs, {len(columns)} columns</summary>{rows}</details>"
-    return section("Ledger", lead, page.warnings("ledger"), parts, page.links("ledger"))
+    return section("Ledger", lead, page.warnings("ledger"), parts, page.links("ledger", behind=()))
 
 
-def _ledger_cell(name: str) -> Callable[[dict], str]:
+def _ledger_cell(page: Page, name: str) -> Callable[[dict], str]:
     if name == "run_id":
         return described(name)
+    if name == "artifact_dir":
+        return lambda row: page.folder(row["run_id"], row[name])
     digits = {"teacher_params_m": 3, "teacher_train_time_ms": 0, "best_val": 4, "final_val": 4, "val_instability": 4}
 
     def cell(row: dict) -> str:
@@ -444,7 +524,7 @@ def horizon_section(page: Page) -> str:
     )
     words = "Final loss by horizon (log): a point a seed, the monotone fit through the means, Student&rsquo;s interval."
     figure = page.figure("horizon_curve", words)
-    return section("Complete horizons", lead, figure, page.links("horizon_curve", "reached"))
+    return section("Complete horizons", lead, figure, page.links("horizon_curve", "reached", arms=("ce", "kd")))
 
 
 def runs_section(page: Page) -> str:
@@ -457,7 +537,7 @@ def runs_section(page: Page) -> str:
         Column("Step (median)", ms("step_ms_median")),
         Column("Best val", nats("best_val")),
         Column("Final val", nats("final_val")),
-        Column("Files", lambda row: f'<a href="{escape(page.runs.get(row["run_id"], ""))}">folder</a>', words=True),
+        Column("Files", lambda row: page.folder(row["run_id"], "folder"), words=True),
     ]
     lead = "Every run has a page of its own. Choose two to see them side by side."
     find = (
@@ -465,7 +545,7 @@ def runs_section(page: Page) -> str:
     )
     distinct = list({row["run_id"]: row for row in reversed(page.data["runs"])}.values())[::-1]
     return section(
-        "Runs", lead, find, table(distinct, columns, "no run has ended yet"), page.links("runs", "run_pages")
+        "Runs", lead, find, table(distinct, columns, "no run has ended yet"), page.links("runs", "run_pages", behind=())
     )
 
 
@@ -485,33 +565,42 @@ AFTER = {  # what a file waits for
 }
 
 
-def missing_section(page: Page, wanted: Section) -> str:
-    """What stands in the place of a section some of whose files are not there yet."""
-    names = [name for name in wanted.needs if not page.has(name)]
-    waits = dict.fromkeys(AFTER.get(name, "the comparison, when all runs have ended") for name in names)
-    words = ", ".join(escape(page.files[name].lstrip("./")) for name in names)
-    return section(wanted.title, f'<span class="empty">Not there yet: waits for {"; ".join(waits)} ({words}).</span>')
+def missing_section(page: Page) -> str:
+    """The sections some of whose files are not there yet, and what each waits for; empty where none is missing."""
+    rows = []
+    for section_ in SECTIONS:
+        if names := [name for name in section_.needs if not page.has(name)]:
+            waits = dict.fromkeys(AFTER.get(name, "the comparison, when all runs have ended") for name in names)
+            files = ", ".join(page.files[name].lstrip("./") for name in names)
+            rows.append({"section": section_.title, "waits": "; ".join(waits), "files": files})
+    columns = [
+        Column("Section", text("section"), words=True),
+        Column("Waits for", text("waits"), words=True),
+        Column("Files", lambda row: f'<span class="words">{text("files")(row)}</span>', words=True),
+    ]
+    return section("Not there yet", "What the rest of the campaign will add.", table(rows, columns, "")) if rows else ""
 
 
 class Section(NamedTuple):
-    needs: tuple[str, ...]  # of the page's data; where one is missing, the section says so instead
+    needs: tuple[str, ...]  # of the page's data; where one is missing, the section is left out and said to be missing
     title: str
     render: Callable[[Page], str]
 
 
 SECTIONS = (
     Section(("verdict", "headline", "compare", "tests"), "Verdict", verdict_section),
+    Section(("advice",), "What to try next", advice_section),
     Section(("curves", "traces"), "Validation curves", curves_section),
-    Section(("tests", "reached", "verdict"), "How sure", tests_section),
-    Section(("horizon_curve", "reached"), "Complete horizons", horizon_section),
     Section(("trend",), "Where KD saves", trend_section),
-    Section(("compare", "target", "full", "runs"), "Steps and time to the target", compare_section),
     Section(("break_even",), "Break-even", break_even_section),
-    Section(("verdict", "curves"), "Is KD alive?", alive_section),
+    Section(("horizon_curve",), "Complete horizons", horizon_section),
+    Section(("tests", "reached", "verdict", "headline"), "How sure", tests_section),
+    Section(("compare", "target", "full", "runs"), "Steps and time to the target", compare_section),
+    Section(("verdict", "headline", "curves"), "Is KD alive?", alive_section),
     Section(("compare", "controls"), "Controls", controls_section),
-    Section(("budget", "selected", "verdict", "target", "timing"), "Teacher budget", budget_section),
+    Section(("budget", "headline", "timing"), "Teacher budget", budget_section),
     Section(("teachers", "summary"), "Teachers", teachers_section),
-    Section(("screen", "verdict"), "KD screen", screen_section),
+    Section(("screen",), "KD screen", screen_section),
     Section(("isolates",), "Cost of a step", isolates_section),
     Section(("stop",), "Stop conditions", stop_section),
     Section(("runs", "run_pages"), "Runs", runs_section),
