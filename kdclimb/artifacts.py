@@ -193,6 +193,15 @@ def last_lines(log: Path) -> str:
     return "\n".join([line for line in lines if line.strip()][-TAIL_LINES:])
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold this folder, which is made if need be, by the file `lock` in it. Waits for the process that holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class RunFolder:
     """results/runs/<run_id>/, held by one process at a time."""
 
@@ -203,9 +212,7 @@ class RunFolder:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder. Waits for a run that is being stopped, for as long as it takes."""
-        self.state.mkdir(parents=True, exist_ok=True)
-        with (self.state / "lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(self.state):
             yield
 
     def progress(self) -> int | None:

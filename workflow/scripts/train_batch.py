@@ -9,8 +9,8 @@ from pathlib import Path
 
 from kdclimb.artifacts import write_csv
 from kdclimb.config import RunConfig
+from kdclimb.stop import EXIT_INTERRUPTED
 
-EXIT_INTERRUPTED = 75  # of train.py
 PASSED_ON = ("teacher", "threads", "code", "attempt", "attempts", "mirror")
 
 parser = argparse.ArgumentParser(description=__doc__)
