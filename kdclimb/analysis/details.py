@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kdclimb.analysis.cautions import WARNING_COLUMNS, warning_rows
 from kdclimb.analysis.compare import COMPARE_COLUMNS
-from kdclimb.analysis.selection import SELECTED_KEYS
+from kdclimb.analysis.selection import SELECTED_KEYS, as_measured
 from kdclimb.analysis.tables import RunFolder, read_csv, read_json, write_csv
 from kdclimb.analysis.tested import VERDICT_COLUMNS, find
 from kdclimb.analysis.traces import (
@@ -46,7 +46,7 @@ def details(
     **outputs: Path,
 ) -> None:
     """Write the tables of OUTPUTS, each to `out_<name>`, from all runs, the decisions and the comparison."""
-    found, teacher = read_json(verdict), read_json(selected, SELECTED_KEYS)
+    found, teacher = read_json(verdict), as_measured(read_json(selected, SELECTED_KEYS))
     rows, tested = read_csv(compare, COMPARE_COLUMNS), read_csv(tests, VERDICT_COLUMNS)
     tables = tables_of(runs, teacher, found, confidence)
     tables["headline"] = headline_rows(rows, tested, found, read_json(budget, ["budget_ms"]))
