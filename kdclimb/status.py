@@ -20,6 +20,7 @@ from kdclimb.analysis.tables import RunFolder, show_ms
 from kdclimb.campaign import data_id, read_decisions
 from kdclimb.config import RunConfig
 from kdclimb.expansion import Run
+from kdclimb.jobs import FAILURES, read_failures
 from kdclimb.plan import CONTROL_NAMES, Planned, what_runs
 from kdclimb.sections import Campaign
 
@@ -63,6 +64,7 @@ class State:
     flying: list[Progress]
     budget: dict
     selected: dict
+    failed: list[dict]  # jobs that left no result, as kdclimb.jobs keeps them
 
     @property
     def words(self) -> str:
@@ -84,6 +86,7 @@ def state(campaign: Campaign, root: Path, results: Path) -> State:
         list(in_flight(planned.named, runs)),
         _json(folder / "budget.json"),
         _json(folder / "teacher/selected.json"),
+        read_failures(folder / FAILURES),
     )
 
 
@@ -134,7 +137,7 @@ def is_held(state_folder: Path) -> bool:
 def show(found: State, console: Console) -> None:
     """Print it."""
     title = Text(f"campaign {found.campaign.campaign}", style="bold")
-    console.print(Group(title, Text(found.words), _stages(found), *_flying(found), *_best(found)))
+    console.print(Group(title, Text(found.words), _stages(found), *_flying(found), *_failed(found), *_best(found)))
 
 
 def _stages(found: State) -> Table:
@@ -166,6 +169,10 @@ def _flying(found: State) -> list:
         eta = "" if progress.left is None else time.strftime("%H:%M:%S", time.gmtime(progress.left))
         table.add_row(progress.run.run_id, f"{progress.step}/{progress.total}", bar, loss, eta)
     return [table]
+
+
+def _failed(found: State) -> list[Text]:
+    return [Text(f"{job['rule']} left no {job['made']}: {job['reason']}", style="red") for job in found.failed]
 
 
 def _best(found: State) -> list[Text]:
