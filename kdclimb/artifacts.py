@@ -237,12 +237,12 @@ class RunFolder:
         kept.mkdir()
         write_json(kept / "status.json", seal(status | {"files": hashes(self.path)}))
         for name in ARTIFACTS[:-1]:
-            _link(self.path / name, kept / name)
+            link(self.path / name, kept / name)
         if (self.path / LOG).is_file():  # a copy: what empties the log must not empty this
             shutil.copyfile(self.path / LOG, kept / LOG)
         write_json(kept / "key.json", seal({"key": key}))
         (self.path / "status.json").unlink(missing_ok=True)
-        _link(kept / "status.json", self.path / "status.json")
+        link(kept / "status.json", self.path / "status.json")
         sync(self.path)
         self.resume_file.unlink(missing_ok=True)
 
@@ -267,7 +267,7 @@ class RunFolder:
         for name in ARTIFACTS:
             target = self.path / name
             shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-            _link(kept / name, target)
+            link(kept / name, target)
         if (kept / LOG).is_file():
             write_via(self.path / LOG, lambda temporary: shutil.copyfile(kept / LOG, temporary))
         sync(self.path)
@@ -297,7 +297,8 @@ def _but_code(key: dict, any_code: bool) -> dict:
     return {name: value for name, value in key.items() if not (any_code and name == "code")}
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
+    """A hard link to a file, or a folder of hard links to the files in one."""
     if source.is_dir():
         target.mkdir()
         for child in source.iterdir():

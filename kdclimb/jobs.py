@@ -98,8 +98,7 @@ def write_failures(path: Path, rows: list[dict]) -> list[dict]:
     files are still missing. There is no such file when there is no such job.
     """
     known = {row["made"] for row in rows}
-    rows = [row for row in read_failures(path) if row["made"] not in known] + rows
-    rows = [row for row in rows if not Path(row["made"]).exists()]
+    rows = [row for row in read_failures(path) if row["made"] not in known] + list(filter(_is_missing, rows))
     if rows:
         write_csv(path, list(JOB_COLUMNS), rows)
     else:
@@ -108,11 +107,15 @@ def write_failures(path: Path, rows: list[dict]) -> list[dict]:
 
 
 def read_failures(path: Path) -> list[dict]:
-    """The rows of that table, as text; none where it is not there."""
+    """The rows of that table, as text, whose files are still missing; none where there is no table."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return list(filter(_is_missing, csv.DictReader(file)))
+
+
+def _is_missing(row: dict) -> bool:
+    return not Path(row["made"]).exists()
 
 
 def write_batch(out: Path, folders: Iterable[Path]) -> None:

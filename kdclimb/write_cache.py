@@ -1,7 +1,7 @@
 """One pass of a teacher over a run's exact tokens, written to the disk (`kdclimb/cache.py` reads it).
 
-Until it is whole it lies in a hidden folder beside its place, with a state from which an interrupted pass goes on: what
-a rule declares, Snakemake deletes when its job fails.
+It is written in a hidden folder beside its place, with a state from which an interrupted pass goes on: what a rule
+declares, Snakemake deletes when its job fails, or before the job if it did not see the end of the one before.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdclimb.artifacts import Damaged, DeviceLease, locked, needs_room, read_sealed, seal, sync, write_json
+from kdclimb.artifacts import Damaged, DeviceLease, link, locked, needs_room, read_sealed, seal, sync, write_json
 from kdclimb.attention import choose_backend
 from kdclimb.cache import DESCRIPTION, STEPS_A_NAT, layout
 from kdclimb.config import CacheConfig, ConfigError, canonical_json, require, short_hash
@@ -158,6 +158,10 @@ class _Files:
         self.cost_ms, self.broken, self.shared = 0.0, 0, False
         self._take_up()
         self.done = min(map(len, self.checksums.values()))
+        if self.done < config.micro_batches and any(file.stat().st_nlink > 1 for file in self.folder.glob("*")):
+            shutil.rmtree(self.folder)  # the same files are a cache in its place, which may be read
+            self.done = 0
+        self.broken += 0 < self.done < config.micro_batches
         self.folder.mkdir(exist_ok=True)
         self.open = {}
         for name in self.forms:
@@ -180,8 +184,8 @@ class _Files:
             whole = next((i for i, pair in enumerate(zip(promised, found, strict=False)) if pair[0] != pair[1]), None)
             self.checksums[name] = found[:whole]
             if (kept := len(self.checksums[name])) < len(promised):
-                print(f"{self._path(name)}: damaged from micro-batch {kept} on; the pass goes on there", flush=True)
-        self.cost_ms, self.broken, self.shared = state["cost_ms"], state["broken"] + 1, state["shared"]
+                print(f"{self._path(name)}: damaged from micro-batch {kept} on, which are made again", flush=True)
+        self.cost_ms, self.broken, self.shared = state["cost_ms"], state["broken"], state["shared"]
 
     def _checksums(self, name: str, count: int) -> list[int]:
         """Of at most the first `count` micro-batches in a file, those that are there in full."""
@@ -228,7 +232,7 @@ class _Files:
         write_json(self.state, seal(state | {"broken": self.broken, "shared": self.shared}))
 
     def publish(self, out: Path, cost_ms: float) -> None:
-        """Write the description and move the whole to `out`."""
+        """Make `out` of hard links to the files, and the description. What is here stays."""
         self.save()
         facts = {name: self.key[name] for name in ("teacher_sha256", "data_hash", "device")}
         facts |= {"config": dataclasses.asdict(self.config)}
@@ -236,11 +240,13 @@ class _Files:
         facts |= {"shared_device": self.shared, "versions": versions()}
         for file in self.open.values():
             file.close()
-        write_json(self.folder / DESCRIPTION, seal(facts))
+        whole = self.folder.with_name("whole")
+        shutil.rmtree(whole, ignore_errors=True)
+        link(self.folder, whole)
+        write_json(whole / DESCRIPTION, seal(facts))
         shutil.rmtree(out, ignore_errors=True)  # an earlier one, of other code or data
-        os.replace(self.folder, out)
+        os.replace(whole, out)
         sync(out.parent)
-        self.state.unlink()
 
 
 def _values(config: CacheConfig, target: DenseTeacher, generator: torch.Generator) -> dict[str, Tensor]:

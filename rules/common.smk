@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -281,11 +282,11 @@ def compile_cache():
 
 
 def runs_of(failure):
-    """The configs of the runs that a failed job was to train."""
+    """The configs of the runs that a failed job was to train, as far as the decisions since then still name them."""
     made, (_, by_id, batched) = Path(failure.made), expand_runs()
     if failure.rule == "train":
-        return [by_id[made.parent.name]]
-    return batched[made.stem] if failure.rule == "train_batch" else []
+        return [by_id[made.parent.name]] if made.parent.name in by_id else []
+    return batched.get(made.stem, []) if failure.rule == "train_batch" else []
 
 
 def tell_failed():
@@ -303,12 +304,19 @@ def tell_failed():
                 if write_refused(config, folder, failure.refusal):
                     retry = "python -m kdclimb retry --status refused"
                     print(f"kdclimb: {folder.name}: {failure.reason}. To ask again: {retry}", file=sys.stderr)
-            if failure.rule == "train_batch":
+            if failure.rule == "train_batch" and folders:
                 write_batch(Path(failure.made), folders)
         rows.append(failure.row(folder.name for folder in folders))
     for row in write_failures(Path(RESULTS, FAILURES), rows):
         tail = "".join(f"\n    {line}" for line in row["log_tail"].splitlines())
         print(f"kdclimb: {row['rule']} left no {row['made']}: {row['reason']}{tail}", file=sys.stderr)
+
+
+def forget_kept_caches():
+    """What the writers of caches keep in case their ends are not seen: at its end the workflow has seen them."""
+    for kept in Path("results/caches").glob(".*"):
+        if workflow.is_main_process and kept.with_name(kept.name[1:]).is_dir():
+            shutil.rmtree(kept)
 
 
 def copy_to_mirror():

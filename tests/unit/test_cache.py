@@ -208,6 +208,18 @@ def test_a_pass_that_is_stopped_or_killed_goes_on_and_is_the_same_to_the_byte(ki
     assert json.loads((folder / DESCRIPTION).read_text())["broken"] == 2
 
 
+def test_a_whole_cache_whose_output_was_deleted_is_back_without_the_teacher(caches, again):
+    """As by Snakemake, for a job whose end a killed master did not see."""
+    _, folder, _ = again("hidden")
+    shutil.rmtree(folder)
+    code, folder, made = again("hidden")
+    assert (code, made) == (0, 0) and same(folder, caches["hidden"][1])
+    reader = (folder / "hidden.bin").open("rb")
+    (folder.with_name(f".{folder.name}") / "state.json").unlink()
+    assert again("hidden")[0] == 0 and same(folder, caches["hidden"][1])
+    assert reader.read() == (folder / "hidden.bin").read_bytes()  # what is read is not written to
+
+
 def test_a_pass_that_is_killed_before_its_first_state_begins_again(caches, again):
     with pytest.raises(Killed):
         again("hidden", kill=4)
