@@ -108,15 +108,15 @@ def _write_tables(
     paths = {name: out / f"{name}.csv" for name in columns}
     for name, path in paths.items():
         write_csv(path, columns[name], rows[name])
-    return paths | {"ledger": _write_ledger(campaign, runs, files["target"], out)}
+    return paths | {"ledger": _write_ledger(campaign, runs, files["target"], out, unfinished)}
 
 
-def _write_ledger(campaign: Campaign, runs: list[RunFolder], target: Path, out: Path) -> Path:
+def _write_ledger(campaign: Campaign, runs: list[RunFolder], target: Path, out: Path, unfinished: list[dict]) -> Path:
     if not target.is_file():
         target = out / "no_target.json"
         write_json(target, NO_TARGET)
     path = out / "ledger.csv"
-    ledger.ledger(runs, target, campaign.exploratory, path)
+    ledger.ledger(runs, target, campaign.exploratory, path, unfinished)
     return path
 
 

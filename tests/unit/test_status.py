@@ -7,7 +7,7 @@ import shutil
 import pytest
 from configs import ROOT
 from rich.console import Console
-from test_analysis_synthetic import SyntheticCampaign
+from test_analysis_synthetic import SyntheticCampaign, read_rows
 
 from kdclimb import status
 from kdclimb.analysis.so_far import report_so_far
@@ -122,6 +122,8 @@ def test_what_a_failed_job_left_unfinished_is_shown_with_its_reason(halfway):
     tables = halfway.results / "default/so_far/tables"
     (row,) = (row for row in read_csv(tables / "runs.csv", RUN_COLUMNS) if row["status"] == "unfinished")
     assert (row["run_id"], row["slurm_job"], row["log_tail"]) == (run.run_id, "7", reason["log_tail"])
+    (row,) = (row for row in read_rows(tables / "ledger.csv") if row["status"] == "unfinished")
+    assert (row["run_id"], row["mode"], row["enters_claims"]) == (run.run_id, "ce_baseline", "no: unfinished")
     (folder / "status.json").write_text("{}")
     assert [job["rule"] for job in write_failures(halfway.made.out / FAILURES, [])] == ["kd_cache"]
 
