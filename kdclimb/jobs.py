@@ -54,6 +54,7 @@ class Failure:
     slurm_job: str
     log_tail: str
     refusal: str  # sbatch's words, if it refused the request as such
+    at_once: bool  # whether it did so from the first attempt on, which asks for the least
 
     def row(self, run_ids: Iterable[str]) -> dict:
         """The cells of JOB_COLUMNS; `run_ids` are the runs that the job was to train."""
@@ -77,7 +78,8 @@ class JobErrors(logging.Handler):
         reason, job, refusal = _reason(record.rule_msg or "", logs)
         tail = next((tail for log in logs if (tail := last_lines(log))), "")
         attempts = 1 + (before.attempts if before else 0)
-        self.failed[made] = Failure(record.rule_name, made, attempts, reason, job, tail, refusal)
+        at_once = bool(refusal) and (before is None or before.at_once)
+        self.failed[made] = Failure(record.rule_name, made, attempts, reason, job, tail, refusal, at_once)
 
 
 def _reason(said: str, logs: list[Path]) -> tuple[str, str, str]:
@@ -124,16 +126,19 @@ def write_batch(out: Path, folders: Iterable[Path]) -> None:
     write_csv(out, ["run_id", "status"], rows)
 
 
-def write_refused(config: RunConfig, out: Path, said: str) -> bool:
-    """Write the result of a run that was refused on its last attempt; False if it has one.
+def write_refused(config: RunConfig, out: Path, said: str, at_once: bool) -> bool:
+    """Write the result of a run that was refused on its last attempt; False if it has one, or gets none.
 
     It is `refused`, or of the status of the tries before it, whose reasons it gives too: with each attempt a job asks
-    for more, and so the third may be refused after two that were killed.
+    for more, and so the third may be refused after two that were killed. One that only ran out of time before (not
+    `at_once`) gets no result, since the next start asks for less and goes on from its state.
     """
     if (out / "status.json").is_file():
         return False
     folder = RunFolder(out)
     with folder.lock(), Lease(folder.state / "lease.json", folder.progress()) as held:
+        if not at_once and not held.killed:
+            return False
         log, now = out / "train.log", datetime.now(UTC).isoformat(timespec="seconds")
         status, tail = status_of(held.killed) if held.killed else "refused", last_lines(log)
         if not tail:

@@ -301,10 +301,10 @@ def tell_failed():
         folders = {Path("results/runs", config.run_id): config for config in runs_of(failure)}
         if failure.refusal:
             for folder, config in folders.items():
-                if write_refused(config, folder, failure.refusal):
+                if write_refused(config, folder, failure.refusal, failure.at_once):
                     retry = "python -m kdclimb retry --status refused"
                     print(f"kdclimb: {folder.name}: {failure.reason}. To ask again: {retry}", file=sys.stderr)
-            if failure.rule == "train_batch" and folders:
+            if failure.rule == "train_batch" and all((folder / "status.json").is_file() for folder in folders):
                 write_batch(Path(failure.made), folders)
         rows.append(failure.row(folder.name for folder in folders))
     for row in write_failures(Path(RESULTS, FAILURES), rows):

@@ -84,13 +84,13 @@ def test_the_table_of_failed_jobs_holds_what_is_still_missing(tmp_path):
 def test_a_refused_run_is_a_row_of_the_run_table(tmp_path):
     config = make_config()
     out = tmp_path / config.run_id
-    assert write_refused(config, out, SAID)
+    assert write_refused(config, out, SAID, at_once=True)
     run = RunFolder.read(f"screen|T1|{out}")
     assert not run.ok and run.steps == run.val == []
     write_csv(tmp_path / "runs.csv", RUN_COLUMNS, [run.row()])
     (row,) = read_csv(tmp_path / "runs.csv", RUN_COLUMNS)
     assert (row["status"], row["reason"], row["log_tail"]) == ("refused", f"refused by Slurm: {SAID}", SAID)
-    assert not write_refused(config, out, "again")
+    assert not write_refused(config, out, "again", at_once=True)
 
 
 @pytest.mark.parametrize("killed", [["Slurm job 1 was ended: OUT_OF_MEMORY"], ["Slurm job 1 was ended: TIMEOUT"]])
@@ -101,7 +101,18 @@ def test_tries_before_the_refusal_are_told(tmp_path, killed):
     with Lease(out / ".state/lease.json", None) as held:
         held.killed = killed
     (out / "train.log").write_text("attempt 1\n")
-    assert write_refused(config, out, SAID)
+    assert write_refused(config, out, SAID, at_once=False)
     found = json.loads((out / "status.json").read_text())
     assert found["status"] == ("oom" if "MEMORY" in killed[0] else "failed")
     assert found["reason"] == f"{killed[0]}; refused by Slurm: {SAID}" and found["log_tail"] == "attempt 1"
+
+
+def test_a_run_that_was_out_of_time_before_it_was_refused_can_go_on(tmp_path):
+    heard, ended = JobErrors(), "SLURM-job '7' failed, SLURM status is: 'TIMEOUT'."
+    for record in (error("", "a", rule_msg=ended), error(SAID, "a"), error(SAID, "a"), error(SAID, "b")):
+        heard.handle(record)
+    after, at_once = heard.failed.values()
+    assert (after.refusal, after.at_once, at_once.at_once) == (SAID, False, True)
+    config = make_config()
+    assert not write_refused(config, tmp_path / config.run_id, after.refusal, after.at_once)
+    assert not (tmp_path / config.run_id / "status.json").exists()
