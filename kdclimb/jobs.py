@@ -39,6 +39,7 @@ OF_THE_REQUEST = (
     "CPU count per node can not be satisfied",
     "More processors requested than permitted",
 )
+JOB_ERROR = "job_error"  # of Snakemake's LogEvent
 FAILURES = "logs/failed_jobs.csv"  # in a campaign's folder; not copied, as all logs
 JOB_COLUMNS = ("rule", "made", "run_ids", "attempts", "reason", "slurm_job", "log_tail")
 
@@ -69,12 +70,12 @@ class JobErrors(logging.Handler):
         self.failed: dict[str, Failure] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        outputs = [str(output) for output in getattr(record, "output", None) or ()]
-        if not outputs or not hasattr(record, "rule_msg"):
+        if getattr(getattr(record, "event", None), "value", None) != JOB_ERROR:
             return
+        outputs = [str(output) for output in record.output]
         made = next((output for output in outputs if output.endswith("/status.json")), outputs[0])
         before = self.failed.get(made)
-        logs = [Path(log) for log in getattr(record, "log", None) or ()]
+        logs = [Path(log) for log in record.log]
         reason, job, refusal = _reason(record.rule_msg or "", logs)
         tail = next((tail for log in logs if (tail := last_lines(log))), "")
         attempts = 1 + (before.attempts if before else 0)

@@ -1,5 +1,6 @@
 # What all rules share: the validated campaign, its runs, and helpers to ask for them. No rules here.
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -236,6 +237,7 @@ def run_flags(*arms):
     return function
 
 
+@functools.cache
 def code(rule):
     """The hash of a rule's script and all it imports: Snakemake doesn't look inside packages."""
     return source_hash(f"workflow/scripts/{rule}.py")
@@ -304,7 +306,8 @@ def tell_failed():
                 if write_refused(config, folder, failure.refusal, failure.at_once):
                     retry = "python -m kdclimb retry --status refused"
                     print(f"kdclimb: {folder.name}: {failure.reason}. To ask again: {retry}", file=sys.stderr)
-            if failure.rule == "train_batch" and all((folder / "status.json").is_file() for folder in folders):
+            ended = [(folder / "status.json").is_file() for folder in folders]
+            if failure.rule == "train_batch" and ended and all(ended):
                 write_batch(Path(failure.made), folders)
         rows.append(failure.row(folder.name for folder in folders))
     for row in write_failures(Path(RESULTS, FAILURES), rows):

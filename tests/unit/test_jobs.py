@@ -4,6 +4,7 @@ import json
 import logging
 
 import pytest
+from snakemake_interface_logger_plugins.common import LogEvent
 from test_analysis_synthetic import make_config
 
 from kdclimb.analysis.tables import RUN_COLUMNS, RunFolder, read_csv, write_csv
@@ -15,7 +16,7 @@ SAID = "sbatch: error: Batch job submission failed: Requested node configuration
 
 def error(said, run_id, **more):
     """An error of a job as Snakemake's logger has it, in the words of the executor plugin."""
-    more = {"rule_name": "train", "log": []} | more
+    more = {"event": LogEvent.JOB_ERROR, "rule_name": "train", "log": []} | more
     message = f"SLURM sbatch failed. The error message was '{said}'.\n    sbatch call:\n        sbatch --parsable\n"
     output = [f"results/runs/{run_id}/config.json", f"results/runs/{run_id}/status.json"]
     return logging.makeLogRecord({"rule_msg": message, "output": output} | more)
@@ -29,6 +30,8 @@ def test_requests_that_are_refused_as_such_are_heard():
     heard.handle(error(SAID, "c", rule_msg="SLURM-job '7' failed, SLURM status is: 'FAILED'."))
     heard.handle(error(SAID, "d", rule_name="train_batch", output=["results/tiny/kd/batches/1of2.csv"]))
     heard.handle(logging.makeLogRecord({"msg": "no error of a job"}))
+    heard.handle(error(SAID, "e", event=LogEvent.JOB_INFO, rule_msg=None))  # of a job that starts
+    assert "results/runs/e/status.json" not in heard.failed
     refused = {made: failure.refusal for made, failure in heard.failed.items() if failure.refusal}
     batch = "results/tiny/kd/batches/1of2.csv"
     assert refused == {"results/runs/a/status.json": f"sbatch: warning {SAID}", batch: SAID}
