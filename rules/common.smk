@@ -72,14 +72,19 @@ RETRIES = 0 if not workflow.is_main_process else 1 if MINUTES is None else 3
 GPU_TYPE = of_profile("gpu_type", "default") if CAMPAIGN.device == "cuda" else "default"
 SIGNAL = of_profile("slurm_signal", "TERM@120")  # NAME@SECONDS, before a job's time limit
 LONGEST = max(run.tokens for run in campaigns.token_needs(CAMPAIGN).runs)
-_expanded = {}  # by decisions: the runs, their configs by id, and the batches; a wide campaign asks for each, and again
+# By decisions: the runs, their configs by id, and the batches; a wide campaign asks for each, and again. By the stamp of
+# the decisions' files: what they hold.
+_expanded, _decided = {}, {}
 
 
 def expand_runs():
     """All runs of the campaign, as far as the decisions taken so far name them; on a cluster, the plan at each news."""
-    decisions = campaigns.read_decisions(Path(RESULTS))
-    key = canonical_json(decisions)
+    stamp = campaigns.decisions_stamp(Path(RESULTS))
+    if stamp not in _decided:
+        _decided[stamp] = canonical_json(campaigns.read_decisions(Path(RESULTS)))
+    key = _decided[stamp]
     if key not in _expanded:
+        decisions = json.loads(key)
         found = expansion.expand(CAMPAIGN, decisions, Path(DATA).name)
         screened = {run.run_id: run.config for run in found if run.arm == "screen"}
         _expanded[key] = found, {run.run_id: run.config for run in found}, batches(list(screened.values()))
