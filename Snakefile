@@ -37,11 +37,14 @@ onstart:
 
 
 onsuccess:
+    tell_failed()
+    forget_kept_caches()
     copy_to_mirror()
     print(f"kdclimb: done; open {RESULTS}/report/index.html")
 
 
 onerror:
-    tell_refused()
+    tell_failed()
+    forget_kept_caches()
     copy_to_mirror()
     print("kdclimb: stopped by an error (above). Starting it again goes on from what is done.")

@@ -35,14 +35,14 @@ from benchmarks.common import Rows
 from benchmarks.kd_loss import liger_loss
 from benchmarks.train_step import ROOT, first_step, measure, student, synchronize, synthetic
 from kdclimb import expansion, schedule, sections, write_cache
-from kdclimb.artifacts import seal, write_json
 from kdclimb.attention import choose_backend
-from kdclimb.cache import DESCRIPTION, TargetCache
+from kdclimb.cache import TargetCache
 from kdclimb.config import ATTENTION_BACKENDS, AttentionConfig, CacheConfig, KDConfig, RunConfig
 from kdclimb.data import Batch, Dataset
 from kdclimb.distill import KDController
 from kdclimb.kernels import DenseTeacher, DistillLoss
 from kdclimb.model import GPT
+from kdclimb.stop import StopRequests
 from kdclimb.teacher import in_dtype
 from kdclimb.train import Trainer, compiled_graphs
 
@@ -136,11 +136,13 @@ class Arms:
             micro_batches=max(sched.batch_tokens) // sched.micro_batch_tokens + 1,
             **self.expansion.shared(),
         )
-        out = self.folder / config.cache_id
-        out.mkdir()
-        write_cache.announce(config, teacher.config.dim, out)
-        checksums, _ = write_cache._fill(config, out, self.trainer.dataset, teacher)
-        write_json(out / DESCRIPTION, seal({"config": dataclasses.asdict(config), "checksums": checksums}))
+        out, unfinished = (self.folder / f"{prefix}{config.cache_id}" for prefix in ("", "."))
+        unfinished.mkdir()
+        facts = dict.fromkeys(("teacher_sha256", "data_hash", "device"), "synthetic")
+        files = write_cache.Files(config, unfinished, teacher.config.dim, facts)
+        write_cache.announce(config, teacher.config.dim, self.folder)
+        write_cache.fill(config, files, self.trainer.dataset, teacher, StopRequests())
+        files.publish(out, files.cost_ms)
         reader = dataclasses.replace(run, kd=self.kd(cache=config.cache_id))
         self.caches[kind, dtype] = TargetCache(out, reader, teacher, {})
         return self.caches[kind, dtype]

@@ -206,6 +206,15 @@ def last_lines(log: Path) -> str:
     return "\n".join([line for line in lines if line.strip()][-TAIL_LINES:])
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold this folder, which is made if need be, by the file `lock` in it. Waits for the process that holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class RunFolder:
     """results/runs/<run_id>/, held by one process at a time."""
 
@@ -216,9 +225,7 @@ class RunFolder:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder. Waits for a run that is being stopped, for as long as it takes."""
-        self.state.mkdir(parents=True, exist_ok=True)
-        with (self.state / "lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(self.state):
             yield
 
     def progress(self) -> int | None:
@@ -243,12 +250,12 @@ class RunFolder:
         kept.mkdir()
         write_json(kept / "status.json", seal(status | {"files": hashes(self.path)}))
         for name in ARTIFACTS[:-1]:
-            _link(self.path / name, kept / name)
+            link(self.path / name, kept / name)
         if (self.path / LOG).is_file():  # a copy: what empties the log must not empty this
             shutil.copyfile(self.path / LOG, kept / LOG)
         write_json(kept / "key.json", seal({"key": key}))
         (self.path / "status.json").unlink(missing_ok=True)
-        _link(kept / "status.json", self.path / "status.json")
+        link(kept / "status.json", self.path / "status.json")
         sync(self.path)
         self.resume_file.unlink(missing_ok=True)
 
@@ -273,7 +280,7 @@ class RunFolder:
         for name in ARTIFACTS:
             target = self.path / name
             shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-            _link(kept / name, target)
+            link(kept / name, target)
         if (kept / LOG).is_file():
             write_via(self.path / LOG, lambda temporary: shutil.copyfile(kept / LOG, temporary))
         sync(self.path)
@@ -303,7 +310,8 @@ def _but_code(key: dict, any_code: bool) -> dict:
     return {name: value for name, value in key.items() if not (any_code and name == "code")}
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
+    """A hard link to a file, or a folder of hard links to the files in one."""
     if source.is_dir():
         target.mkdir()
         for child in source.iterdir():

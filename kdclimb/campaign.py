@@ -318,8 +318,18 @@ def read_decisions(folder: Path) -> dict:
 
     Raises Damaged for one that is not as it was written.
     """
+    return {name: _decision(file) for name, file in _decision_files(folder).items() if file.is_file()}
+
+
+def decisions_stamp(folder: Path) -> tuple:
+    """What differs once one of them was written anew, without reading it."""
+    stats = [file.stat() if file.is_file() else None for file in _decision_files(folder).values()]
+    return tuple(stat and (stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)
+
+
+def _decision_files(folder: Path) -> dict[str, Path]:
     files = {"projected": "teacher/projected.json", "selected": "teacher/selected.json", "promoted": "kd/promoted.json"}
-    return {name: _decision(folder / files[name]) for name in DECISIONS if (folder / files[name]).is_file()}
+    return {name: folder / files[name] for name in DECISIONS}
 
 
 def _decision(path: Path) -> dict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
 from kdclimb.config import (
     BoostConfig,
@@ -36,7 +37,7 @@ class Run:
     label: str
     config: RunConfig | NgramConfig
 
-    @property
+    @cached_property  # a wide campaign asks for it tens of thousands of times
     def run_id(self) -> str:
         return self.config.run_id
 

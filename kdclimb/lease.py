@@ -53,7 +53,12 @@ def slurms_error(job: str) -> str:
     log = re.search(r"^\s*StdOut=(.+)$", done.stdout, re.MULTILINE)
     if log is None or not Path(log[1]).is_file():
         return ""
-    found = SLURMS_ERROR.findall(Path(log[1]).read_text(errors="replace"))
+    return last_error(Path(log[1]))
+
+
+def last_error(log: Path) -> str:
+    """The last error of Slurm itself in a job's log; "" if there is none."""
+    found = SLURMS_ERROR.findall(log.read_text(errors="replace"))
     return found[-1] if found else ""
 
 

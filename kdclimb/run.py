@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-import signal
 import statistics
 import sys
 import traceback
@@ -35,10 +33,10 @@ from kdclimb.config import ConfigError, RunConfig, short_hash
 from kdclimb.data import Dataset
 from kdclimb.lease import Lease, slurm_job, status_of
 from kdclimb.provenance import device_identity, device_kind, source_hash, versions
+from kdclimb.stop import EXIT_INTERRUPTED, StopRequests
 from kdclimb.teacher import checkpoint_facts, read_description, save_checkpoint
 from kdclimb.train import Diverged, Interrupted, Trainer, fix_order
 
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: start it again and it goes on
 ENTRY = "workflow/scripts/train.py"
 KILLED_TRIES = 2  # tries without progress, each ended from outside, after which that is the run's result
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0}  # dense bf16, from NVIDIA's data sheets
@@ -186,12 +184,12 @@ class _Attempt:
             for how in self.killed:
                 progress.report(f"before this: {how}; if the kernel lacked memory, lower train.micro_batch_tokens")
             rehearse_plots()
-            status, reason = self._train(_StopRequests(), progress)
+            status, reason = self._train(StopRequests(), progress)
             progress.report(f"{status}{': ' + reason if reason else ''}")
             progress.bar.close()
         return status, reason
 
-    def _train(self, stop: _StopRequests, progress: Progress) -> tuple[str, str | None]:
+    def _train(self, stop: StopRequests, progress: Progress) -> tuple[str, str | None]:
         try:
             self.trainer = trainer = Trainer(self.config, self.dataset, backend=self.backend, **self.inputs)
         except Exception as error:
@@ -343,26 +341,3 @@ def _memory(device: str) -> dict:
         "peak_alloc_gib": torch.cuda.max_memory_allocated() / 2**30,
         "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
     }
-
-
-class _StopRequests:
-    """Whether to stop: on SIGTERM, SIGINT or SIGUSR1, or when the master that KDCLIMB_MASTER names is gone.
-
-    Slurm sends SIGTERM to what it preempts or requeues, and before its time limit the signal that sbatch asked for.
-    ./run sets that variable. Without it a training job would outlive a killed master, and its successor
-    would wait for a device that nobody watches.
-    """
-
-    def __init__(self):
-        self.signalled = False
-        self.master = int(os.environ.get("KDCLIMB_MASTER", 0))
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _note(self, *_) -> None:
-        self.signalled = True
-
-    def asked(self) -> bool:
-        if self.master and not Path(f"/proc/{self.master}").exists():
-            return True
-        return self.signalled

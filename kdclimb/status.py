@@ -22,6 +22,7 @@ from kdclimb.analysis.tables import RunFolder, show_ms
 from kdclimb.campaign import data_id, read_decisions
 from kdclimb.config import RunConfig
 from kdclimb.expansion import Run
+from kdclimb.jobs import FAILURES, read_failures
 from kdclimb.plan import CONTROL_NAMES, Planned, what_runs
 from kdclimb.sections import Campaign
 
@@ -66,6 +67,7 @@ class State:
     flying: list[Progress]
     budget: dict
     selected: dict
+    failed: list[dict]  # jobs that left no result, as kdclimb.jobs keeps them
 
     @property
     def words(self) -> str:
@@ -104,6 +106,7 @@ class Reader:
             list(in_flight(planned.named, self.runs)),
             _json(self.folder / "budget.json"),
             _json(self.folder / "teacher/selected.json"),
+            read_failures(self.folder / FAILURES),
         )
 
     def _run(self, flag: str) -> RunFolder:
@@ -174,7 +177,9 @@ def watch(reader: Reader, console: Console, every: float) -> State:
 
 def view(found: State) -> Group:
     title = Text(f"campaign {found.campaign.campaign}", style="bold")
-    return Group(title, Text(found.words), _stages(found), *_flying(found), *_best(found), _budget(found))
+    return Group(
+        title, Text(found.words), _stages(found), *_flying(found), *_failed(found), *_best(found), _budget(found)
+    )
 
 
 def _stages(found: State) -> Table:
@@ -206,6 +211,10 @@ def _flying(found: State) -> list:
         eta = "" if progress.left is None else time.strftime("%H:%M:%S", time.gmtime(progress.left))
         table.add_row(progress.run.run_id, f"{progress.step}/{progress.total}", bar, loss, eta)
     return [table]
+
+
+def _failed(found: State) -> list[Text]:
+    return [Text(f"{job['rule']} left no {job['made']}: {job['reason']}", style="red") for job in found.failed]
 
 
 def _best(found: State) -> list[Text]:

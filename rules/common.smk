@@ -1,10 +1,12 @@
 # What all rules share: the validated campaign, its runs, and helpers to ask for them. No rules here.
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,10 +20,10 @@ from kdclimb.analysis.tables import AnalysisError, remedy
 from kdclimb.artifacts import read_sealed
 from kdclimb.config import NGRAM_PREFIX, ConfigError, canonical_json
 from kdclimb.imported import PREFIX
+from kdclimb.jobs import FAILURES, JobErrors, write_batch, write_failures, write_refused
 from kdclimb.lease import queued_jobs
 from kdclimb.mirror import mirror, not_mirrored
 from kdclimb.provenance import source_hash
-from kdclimb.refused import Refusals, write_refused
 from kdclimb.schedule import total_tokens
 
 ROOT = Path(workflow.basedir)
@@ -64,20 +66,25 @@ if MINUTES is not None and workflow.is_main_process:
         )
     width = f"through Slurm, at most {workflow.resource_settings.nodes} jobs at a time"
     print(f"kdclimb: campaign {CAMPAIGN.campaign} on {CAMPAIGN.device}, {width}", file=sys.stderr)
-REFUSALS = Refusals()
-logger.addHandler(REFUSALS)
+JOB_ERRORS = JobErrors()
+logger.addHandler(JOB_ERRORS)
 RETRIES = 0 if not workflow.is_main_process else 1 if MINUTES is None else 3
 GPU_TYPE = of_profile("gpu_type", "default") if CAMPAIGN.device == "cuda" else "default"
 SIGNAL = of_profile("slurm_signal", "TERM@120")  # NAME@SECONDS, before a job's time limit
 LONGEST = max(run.tokens for run in campaigns.token_needs(CAMPAIGN).runs)
-_expanded = {}  # by decisions: the runs, their configs by id, and the batches; a wide campaign asks for each, and again
+# By decisions: the runs, their configs by id, and the batches; a wide campaign asks for each, and again. By the stamp of
+# the decisions' files: what they hold.
+_expanded, _decided = {}, {}
 
 
 def expand_runs():
     """All runs of the campaign, as far as the decisions taken so far name them; on a cluster, the plan at each news."""
-    decisions = campaigns.read_decisions(Path(RESULTS))
-    key = canonical_json(decisions)
+    stamp = campaigns.decisions_stamp(Path(RESULTS))
+    if stamp not in _decided:
+        _decided[stamp] = canonical_json(campaigns.read_decisions(Path(RESULTS)))
+    key = _decided[stamp]
     if key not in _expanded:
+        decisions = json.loads(key)
         found = expansion.expand(CAMPAIGN, decisions, Path(DATA).name)
         screened = {run.run_id: run.config for run in found if run.arm == "screen"}
         _expanded[key] = found, {run.run_id: run.config for run in found}, batches(list(screened.values()))
@@ -235,6 +242,7 @@ def run_flags(*arms):
     return function
 
 
+@functools.cache
 def code(rule):
     """The hash of a rule's script and all it imports: Snakemake doesn't look inside packages."""
     return source_hash(f"workflow/scripts/{rule}.py")
@@ -285,12 +293,43 @@ def compile_cache():
     return "" if folder is None else f'TORCHINDUCTOR_CACHE_DIR="{folder}/inductor" TRITON_CACHE_DIR="{folder}/triton"'
 
 
-def tell_refused():
-    """Make results of the runs that Slurm did not take, so that the next start goes on without them."""
-    for run_id, said in REFUSALS.said.items():
-        if write_refused(expand_runs()[1][run_id], Path("results/runs", run_id), said):
-            retry = "python -m kdclimb retry --status refused"
-            print(f"kdclimb: {run_id}: refused by Slurm: {said}. To ask again: {retry}", file=sys.stderr)
+def runs_of(failure):
+    """The configs of the runs that a failed job was to train, as far as the decisions since then still name them."""
+    made, (_, by_id, batched) = Path(failure.made), expand_runs()
+    if failure.rule == "train":
+        return [by_id[made.parent.name]] if made.parent.name in by_id else []
+    return batched.get(made.stem, []) if failure.rule == "train_batch" else []
+
+
+def tell_failed():
+    """Say which jobs left no result, and why, and keep that for status and report.
+
+    Runs that Slurm did not take get one, so that the next start goes on without them.
+    """
+    if not workflow.is_main_process:
+        return
+    rows = []
+    for failure in JOB_ERRORS.failed.values():
+        folders = {Path("results/runs", config.run_id): config for config in runs_of(failure)}
+        if failure.refusal:
+            for folder, config in folders.items():
+                if write_refused(config, folder, failure.refusal, failure.at_once):
+                    retry = "python -m kdclimb retry --status refused"
+                    print(f"kdclimb: {folder.name}: {failure.reason}. To ask again: {retry}", file=sys.stderr)
+            ended = [(folder / "status.json").is_file() for folder in folders]
+            if failure.rule == "train_batch" and ended and all(ended):
+                write_batch(Path(failure.made), folders)
+        rows.append(failure.row(folder.name for folder in folders))
+    for row in write_failures(Path(RESULTS, FAILURES), rows):
+        tail = "".join(f"\n    {line}" for line in row["log_tail"].splitlines())
+        print(f"kdclimb: {row['rule']} left no {row['made']}: {row['reason']}{tail}", file=sys.stderr)
+
+
+def forget_kept_caches():
+    """What the writers of caches keep in case their ends are not seen: at its end the workflow has seen them."""
+    for kept in Path("results/caches").glob(".*"):
+        if workflow.is_main_process and kept.with_name(kept.name[1:]).is_dir():
+            shutil.rmtree(kept)
 
 
 def copy_to_mirror():

@@ -62,8 +62,9 @@ rule kd_cache:
     params:
         config=lambda wildcards: shlex.quote(canonical_json(dataclasses.asdict(asked_cache(wildcards)))),
         code=code("kd_cache"),
+    # exec: as in `train`, a signal to all processes of the job must find the writer.
     shell:
-        "python workflow/scripts/kd_cache.py --config {params.config} --out {output} --manifest {input.manifest}"
+        "exec python workflow/scripts/kd_cache.py --config {params.config} --out {output} --manifest {input.manifest}"
         " --teacher {input.teacher} --threads {threads} > {log} 2>&1"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 from kdclimb.analysis.tables import (
@@ -23,7 +24,7 @@ from kdclimb.analysis.tables import (
 from kdclimb.imported import LOGGED
 from kdclimb.logs import log_config, read_log, summary
 
-BUDGET_KEYS = ("budget_ms", "ce_train_time_ms", "clock", "code_hashes", "device", "fraction", "horizon", "threads")
+BUDGET_KEYS = "anchor_ms budget_ms ce_train_time_ms clock code_hashes device fraction horizon threads".split()
 ISOLATE_COLUMNS = (
     "label",
     "run_id",
@@ -89,7 +90,8 @@ def is_shared(row: dict) -> bool:
 
 
 def set_budget(timing: Path, fraction: float, out: Path) -> None:
-    """The teacher's budget (ms): `fraction` of the median CE training time at the longest horizon.
+    """The teacher's budget (ms): `fraction` of the median CE training time at the longest horizon, each run's time at
+    the speed of their median anchor (`anchor_ms`; None where none has one).
 
     Raises AnalysisError where these CE runs were timed on different devices, thread counts or clocks.
     """
@@ -109,8 +111,10 @@ def set_budget(timing: Path, fraction: float, out: Path) -> None:
     times = [row["train_time_ms"] for row in rows]
     if None in times:
         raise AnalysisError(f"{timing}: a CE run at {horizon} steps has no train_time_ms")
-    ce_ms = float(statistics.median(times))
+    anchor = _median_anchor(rows)
+    ce_ms = float(statistics.median(row["train_time_ms"] * speed_of(row, anchor) for row in rows))
     decision = {
+        "anchor_ms": anchor,
         "ce_train_time_ms": ce_ms,
         "ce_run_ids": [row["run_id"] for row in rows],
         "horizon": horizon,
@@ -146,6 +150,19 @@ def anchor_of(row: dict) -> float | None:
     return None if None in both else statistics.fmean(both)
 
 
+def speed_of(row: dict, anchor: float | None) -> float:
+    """Factor of a run's times, as they would have been on a machine whose anchor takes `anchor` ms a step; 1 where that
+    or its own is not known.
+    """
+    own = anchor_of(row)
+    return 1.0 if own is None or anchor is None else anchor / own
+
+
+def _median_anchor(rows: Iterable[dict]) -> float | None:
+    known = [ms for ms in map(anchor_of, rows) if ms is not None]
+    return statistics.median(known) if known else None
+
+
 def at_one_speed(runs: list[RunFolder], max_drift: float) -> list[RunFolder]:
     """The same runs, their times as they would have been at one speed of the machine.
 
@@ -154,14 +171,12 @@ def at_one_speed(runs: list[RunFolder], max_drift: float) -> list[RunFolder]:
     the anchor from before to after, or the mean of its steps of one kind from their median.
     """
     last = max((run.horizon for run in runs if run.arm == "ce"), default=0)
-    anchors = [anchor_of(run.summary) for run in runs if run.arm == "ce" and run.horizon == last]
-    known = [ms for ms in anchors if ms is not None]
-    return [_at_speed(run, statistics.median(known), max_drift) for run in runs] if known else runs
+    anchor = _median_anchor(run.summary for run in runs if run.arm == "ce" and run.horizon == last)
+    return runs if anchor is None else [_at_speed(run, anchor, max_drift) for run in runs]
 
 
 def _at_speed(run: RunFolder, anchor: float, max_drift: float) -> RunFolder:
-    own = anchor_of(run.summary)
-    if own is None:  # failed, or from elsewhere
+    if anchor_of(run.summary) is None:  # failed, or from elsewhere
         return dataclasses.replace(run, unsteady="no anchor beside the run" if run.ok and not run.imported else "")
     before, after = run.summary["anchor_before_ms"], run.summary["anchor_after_ms"]
     unsteady, stalled = "", _stalled(run)
@@ -171,7 +186,7 @@ def _at_speed(run: RunFolder, anchor: float, max_drift: float) -> RunFolder:
         )
     elif stalled > 1 + max_drift:
         unsteady = f"the run's steps took {stalled:.3g} times their median on average; train it again"
-    return dataclasses.replace(run, speed=anchor / own, unsteady=unsteady)
+    return dataclasses.replace(run, speed=speed_of(run.summary, anchor), unsteady=unsteady)
 
 
 def _stalled(run: RunFolder) -> float:

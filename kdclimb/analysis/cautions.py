@@ -26,6 +26,13 @@ def warning_rows(runs: Sequence[RunFolder], verdict: dict | None) -> list[dict]:
     return rows if verdict is None else rows + _of_verdict(runs, verdict)
 
 
+def job_warning(job: dict) -> dict:
+    """Of a job that left no result: a row of the table of failed jobs."""
+    tail = f"; its log ends: {' / '.join(job['log_tail'].splitlines())}" if job["log_tail"] else ""
+    words = f"the job {job['rule']} left no {job['made']}: {job['reason']}{tail}"
+    return {"place": "runs", "kind": "job", "warning": words, "run_ids": job["run_ids"]}
+
+
 def _row(place: str, kind: str, warning: str, runs: Iterable[RunFolder] = ()) -> dict:
     return {"place": place, "kind": kind, "warning": warning, "run_ids": " ".join(run.run_id for run in runs)}
 

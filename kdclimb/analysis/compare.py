@@ -13,7 +13,7 @@ from kdclimb.analysis.budget import anchor_of, at_one_speed, read_budget, refuse
 from kdclimb.analysis.checklist import CHECK_COLUMNS, STOP_COLUMNS, SUMMARY_COLUMNS, checks, stop_conditions, summary
 from kdclimb.analysis.paired import Rules
 from kdclimb.analysis.savings import BREAK_EVEN_COLUMNS, TREND_COLUMNS, break_even_rows, trend_rows
-from kdclimb.analysis.selection import PROBE_COLUMNS, SELECTED_KEYS, TRAINED_COLUMNS
+from kdclimb.analysis.selection import PROBE_COLUMNS, SELECTED_KEYS, TRAINED_COLUMNS, at_budgets_speed
 from kdclimb.analysis.tables import (
     RUN_COLUMNS,
     AnalysisError,
@@ -103,14 +103,17 @@ def compare(
     limit, teacher, goal = read_budget(budget), read_json(selected, SELECTED_KEYS), read_target(target)
     counted = [run for run in runs if run.arm == "ngram_teacher"]
     teacher["counted_ms"] = {run.run_id: run.summary["train_time_ms"] for run in counted}
-    teacher["speed"] = next((run.speed for run in runs if run.run_id == teacher["run_id"]), 1.0)
+    own = next((run for run in runs if run.run_id == teacher["run_id"]), None)
+    if own is not None:  # the runs' speed, should the budget be a log's, which has no anchor
+        teacher["train_time_ms"] *= own.speed / teacher["speed"]
     logged = limit["clock"] == LOGGED
     limit["horizon"] = max(run.horizon for run in runs if run.arm == "ce")  # a log may have another
     points = read_json(promoted, ["points", "reason"])
     rows = compare_rows([run for run in runs if run.arm in COMPARED_ARMS], goal, teacher)
     write_csv(out_curves, CURVE_COLUMNS, [row for run in runs for row in curve_rows(run, teacher)])
     write_csv(out_compare, COMPARE_COLUMNS, rows)
-    candidates = read_csv(probe, PROBE_COLUMNS), read_csv(trained, TRAINED_COLUMNS)
+    tables = read_csv(probe, PROBE_COLUMNS), read_csv(trained, TRAINED_COLUMNS)
+    candidates = [at_budgets_speed(rows, limit) for rows in tables]
     rejected = [read_json(path, ["rejected"])["rejected"] for path in (projected, measured)]
     teachers = teacher_rows(*candidates, rejected[0] | rejected[1], teacher)
     write_csv(out_teachers, TEACHER_COLUMNS, teachers)
@@ -123,6 +126,8 @@ def compare(
     break_even = break_even_rows(runs, tested, reached, limit["horizon"], teacher, rules["amortize"])
     write_csv(out_break_even, BREAK_EVEN_COLUMNS, break_even)
     doubts = doubts_of(rows, runs, points["points"], clock, exploratory, bool(teacher["imported"]), logged)
+    if own is not None and own.unsteady:
+        doubts.append(f"times with the teacher only: {own.unsteady}")
     found = verdict(rows, tested, limit, teacher, goal, points, doubts)
     screened = {"kd": read_csv(screen, SCREEN_COLUMNS), "ce": read_csv(ce_screen, SCREEN_COLUMNS)}
     tuned = tuning_rows(screened, runs, found["point"], points.get("ce_point"))
@@ -141,7 +146,7 @@ def teacher_cost_ms(run: RunFolder, teacher: dict) -> float:
     CE and for a random teacher.
     """
     kd = run.config.kd
-    own = teacher["train_time_ms"] * teacher.get("speed", 1.0) if teacher["run_id"] else 0.0
+    own = teacher["train_time_ms"] if teacher["run_id"] else 0.0
     if kd is None or kd.random_teacher:
         return own if getattr(run.config, "grown_from", None) else 0.0
     if kd.teacher in teacher.get("counted_ms", {}):

@@ -10,7 +10,7 @@ from kdclimb.analysis.budget import BUDGET_KEYS
 from kdclimb.analysis.cautions import WARNING_COLUMNS, warning_rows
 from kdclimb.analysis.compare import COMPARE_COLUMNS, TEACHER_COLUMNS
 from kdclimb.analysis.savings import BREAK_EVEN_COLUMNS, TREND_COLUMNS
-from kdclimb.analysis.selection import SELECTED_KEYS
+from kdclimb.analysis.selection import SELECTED_KEYS, as_measured
 from kdclimb.analysis.tables import RunFolder, read_csv, read_json, write_csv
 from kdclimb.analysis.targets import TARGET_KEYS, TEACHERS
 from kdclimb.analysis.tested import VERDICT_COLUMNS, find
@@ -86,7 +86,7 @@ def details(
         ),
     }
     rows, tested = read_csv(compare, COMPARE_COLUMNS), read_csv(tests, VERDICT_COLUMNS)
-    tables = tables_of(runs, decisions["selected"], decisions["verdict"], confidence)
+    tables = tables_of(runs, as_measured(decisions["selected"]), decisions["verdict"], confidence)
     tables["headline"] = headline_rows(decisions, rows, tested)
     tables["advice"] = advice_rows(
         decisions["verdict"],

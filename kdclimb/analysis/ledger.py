@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from kdclimb.analysis.tables import RunFolder, write_csv
@@ -41,8 +42,9 @@ TARGET_ARMS = tuple(
 NOT_APPLICABLE = "-"
 
 
-def ledger(runs: list[RunFolder], target: Path, exploratory: bool, out: Path) -> None:
-    """Write one row for each distinct run, in the order of the arms; a run shared by arms counts for the first.
+def ledger(runs: list[RunFolder], target: Path, exploratory: bool, out: Path, unfinished: Sequence[dict] = ()) -> None:
+    """Write one row for each distinct run, in the order of the arms; a run shared by arms counts for the first. The
+    `unfinished` runs of an unfinished campaign, rows of its table of runs, come last.
 
     Parameters are the stored ones in millions, times ms, losses nats, and alpha the weight of the KD term; active FLOPs
     count what a token passes through, the teacher's forward pass where KD was on. val_instability is the sum of the
@@ -58,7 +60,14 @@ def ledger(runs: list[RunFolder], target: Path, exploratory: bool, out: Path) ->
         _ledger_row(run, teachers, goal) | _ours(run, exploratory) | _cache_cells(run, sharing)
         for run in distinct.values()
     ]
+    rows += [_unfinished_row(row) for row in unfinished]
     write_csv(out, LEDGER_COLUMNS, [{k: NOT_APPLICABLE if v is None else v for k, v in row.items()} for row in rows])
+
+
+def _unfinished_row(row: dict) -> dict:
+    known = {key: row[key] for key in ("run_id", "status", "artifact_dir", "seed", "clock")}
+    barred = {"mode": MODES[row["arm"]], "enters_claims": f"no: {row['status']}"}
+    return dict.fromkeys(LEDGER_COLUMNS) | known | barred
 
 
 def _cache_cells(run: RunFolder, sharing: Counter) -> dict:

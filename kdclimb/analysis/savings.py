@@ -71,7 +71,7 @@ def break_even_rows(
 
 def _break_even(test: dict, pairs: list, times: list[float], teacher: dict, amortize: int) -> dict:
     row = dict.fromkeys(BREAK_EVEN_COLUMNS) | {key: test[key] for key in ("target", "target_value", "label")}
-    teacher_ms = None if teacher["run_id"] is None else teacher["train_time_ms"] * teacher.get("speed", 1.0)
+    teacher_ms = None if teacher["run_id"] is None else teacher["train_time_ms"]
     row |= {"n_seeds": len(pairs), "teacher_ms": teacher_ms, "amortize": amortize}
     row["cache_ms"] = statistics.fmean(kd.summary["kd_cache_ms"] or 0.0 for kd, _ in pairs) if pairs else None
     row |= {"measured": None if test["ratio"] is None else 1 - test["ratio"], "note": test["note"]}

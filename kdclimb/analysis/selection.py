@@ -10,7 +10,7 @@ import statistics
 from itertools import pairwise
 from pathlib import Path
 
-from kdclimb.analysis.budget import read_budget, refuse_timing
+from kdclimb.analysis.budget import read_budget, refuse_timing, speed_of
 from kdclimb.analysis.tables import (
     RUN_COLUMNS,
     RunFolder,
@@ -25,14 +25,15 @@ from kdclimb.schedule import total_tokens
 
 PROBE_COLUMNS = tuple(
     "candidate run_id status reason steps horizon probe_step_ms projected_ms params_stored params_active "
-    "flops_per_token device threads clock shared_device".split()
+    "flops_per_token device threads clock shared_device anchor_before_ms anchor_after_ms".split()
 )
 EARLY_VALIDATIONS = 3  # after step 0: the first checkpoints, over which a teacher must improve
 EARLY_COLUMNS = tuple(f"early_val_{i}" for i in range(EARLY_VALIDATIONS + 1))  # nats; 0 is the one at step 0
 TRAINED_COLUMNS = ("candidate", "imported", *RUN_COLUMNS, *EARLY_COLUMNS, "missing_artifacts")
 WEIGHTS = ("checkpoints/model.safetensors", "checkpoints/model.json")
 ELSEWHERE = "checkpoints/model.safetensors.elsewhere"  # beside model.json: the run left its weights where it was made
-SELECTED_KEYS = ("run_id", "candidate", "imported", "final_val", "best_val", "train_time_ms", "budget_ms", "reason")
+SELECTED_KEYS = tuple("run_id candidate imported final_val best_val train_time_ms speed budget_ms reason".split())
+TIMES = ("probe_step_ms", "projected_ms", "train_time_ms")
 
 
 def teacher_probe(runs: list[RunFolder], out: Path) -> None:
@@ -58,7 +59,8 @@ def _probe_row(run: RunFolder) -> dict:
 
 def filter_projected(probe: Path, budget: Path, out: Path) -> None:
     """Keep the candidates whose projected time is within the budget and was taken on the budget's terms."""
-    _filter(read_csv(probe, PROBE_COLUMNS), read_budget(budget), _projected_problems, out)
+    limit = read_budget(budget)
+    _filter(at_budgets_speed(read_csv(probe, PROBE_COLUMNS), limit), limit, _projected_problems, out)
 
 
 def filter_measured(trained: Path, budget: Path, out: Path) -> None:
@@ -66,7 +68,20 @@ def filter_measured(trained: Path, budget: Path, out: Path) -> None:
 
     Of an imported one only its declared time and its artifacts are checked: how its loss fell is not known.
     """
-    _filter(read_csv(trained, TRAINED_COLUMNS), read_budget(budget), _measured_problems, out)
+    limit = read_budget(budget)
+    _filter(at_budgets_speed(read_csv(trained, TRAINED_COLUMNS), limit), limit, _measured_problems, out)
+
+
+def at_budgets_speed(rows: list[dict], budget: dict) -> list[dict]:
+    """Rows of probe.csv or trained.csv with their times at the speed of the machine that the budget's are at, and that
+    factor as `speed`; 1 for a declared time.
+    """
+    found = []
+    for row in rows:
+        speed = speed_of(row, budget["anchor_ms"])
+        times = {key: row[key] * speed for key in TIMES if row.get(key) is not None}
+        found.append(row | times | {"speed": speed})
+    return found
 
 
 def _filter(rows: list[dict], budget: dict, problems, out: Path) -> None:
@@ -81,7 +96,7 @@ def _filter(rows: list[dict], budget: dict, problems, out: Path) -> None:
 def _projected_problems(row: dict, budget: dict) -> list[str]:
     if row["status"] != "ok":
         return [_failed(row)]
-    return [refuse_timing(row, budget), _over_budget("projected", row["projected_ms"], budget)]
+    return [refuse_timing(row, budget), _over_budget("projected", row["projected_ms"], budget, row["speed"])]
 
 
 def _measured_problems(row: dict, budget: dict) -> list[str]:
@@ -92,7 +107,7 @@ def _measured_problems(row: dict, budget: dict) -> list[str]:
         return [_over_budget("imported: declared", row["train_time_ms"], budget), missing]
     return [
         refuse_timing(row, budget),
-        _over_budget("measured", row["train_time_ms"], budget),
+        _over_budget("measured", row["train_time_ms"], budget, row["speed"]),
         _early_problem([row[column] for column in EARLY_COLUMNS]),
         missing,
     ]
@@ -103,11 +118,12 @@ def _failed(row: dict) -> str:
     return f"no OOM fallback: {reason}" if row["status"] == "oom" else f"{row['status']}: {reason}"
 
 
-def _over_budget(how: str, ms: float | None, budget: dict) -> str:
+def _over_budget(how: str, ms: float | None, budget: dict, speed: float = 1.0) -> str:
     limit = budget["budget_ms"]
     if ms is None:
         return f"no {how} time"
-    return f"{how} time {ms:,.1f} ms is over the budget of {limit:,.1f} ms" if ms > limit else ""
+    where = "" if speed == 1.0 else f" ({ms / speed:,.1f} ms on a machine of another speed)"
+    return f"{how} time {ms:,.1f} ms{where} is over the budget of {limit:,.1f} ms" if ms > limit else ""
 
 
 def _early_problem(losses: list[float | None]) -> str:
@@ -136,10 +152,15 @@ def _trained_row(run: RunFolder) -> dict:
 
 
 def teacher_select(trained: Path, projected: Path, measured: Path, budget: Path, out: Path) -> None:
-    """The survivor of lowest final validation loss (nats); of equals, the cheaper one. None is a result too."""
-    limit = read_budget(budget)["budget_ms"]
+    """The survivor of lowest final validation loss (nats); of equals, the cheaper one. None is a result too.
+
+    Its train_time_ms is at the budget's speed of the machine, `speed` times what it took.
+    """
+    terms = read_budget(budget)
+    limit = terms["budget_ms"]
     survivors = read_json(measured, ["survivors", "rejected"])
-    rows = [row for row in read_csv(trained, TRAINED_COLUMNS) if row["candidate"] in survivors["survivors"]]
+    rows = at_budgets_speed(read_csv(trained, TRAINED_COLUMNS), terms)
+    rows = [row for row in rows if row["candidate"] in survivors["survivors"]]
     rows = [row for row in rows if row["final_val"] is not None and math.isfinite(row["final_val"])]
     decision = dict.fromkeys(SELECTED_KEYS) | {"budget_ms": limit}
     if not rows:
@@ -152,6 +173,13 @@ def teacher_select(trained: Path, projected: Path, measured: Path, budget: Path,
         declared = "; imported: its time is declared, not measured" if best["imported"] else ""
         decision["reason"] = f"lowest final val_loss of {len(rows)} within the budget{declared}"
     write_json(out, decision)
+
+
+def as_measured(selected: dict) -> dict:
+    """The selected teacher with the time that it took, beside runs whose times are as measured."""
+    if selected["run_id"] is None:
+        return selected
+    return selected | {"train_time_ms": selected["train_time_ms"] / selected["speed"]}
 
 
 def kd_promote(screen: Path, ce_screen: Path, promote: int, out: Path) -> None:

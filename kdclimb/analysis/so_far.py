@@ -10,13 +10,17 @@ from copy import copy
 from pathlib import Path
 
 from kdclimb.analysis import compare, ledger
+from kdclimb.analysis.cautions import job_warning
 from kdclimb.analysis.details import OUTPUTS as DETAILS
 from kdclimb.analysis.details import headline_rows, tables_of
 from kdclimb.analysis.report import INPUTS, report
+from kdclimb.analysis.selection import as_measured
 from kdclimb.analysis.tables import RUN_COLUMNS, AnalysisError, RunFolder, read_csv, read_json, write_csv
 from kdclimb.analysis.tested import VERDICT_COLUMNS
-from kdclimb.artifacts import write_json
+from kdclimb.analysis.traces import PAGE_COLUMNS
+from kdclimb.artifacts import LOG, write_json
 from kdclimb.expansion import Run, tables
+from kdclimb.jobs import FAILURES, read_failures
 from kdclimb.sections import Campaign
 
 MADE_BY_STAGES = {  # where the workflow puts what a stage leaves
@@ -37,6 +41,7 @@ MADE_BY_STAGES = {  # where the workflow puts what a stage leaves
     "summary": "tables/teacher_budget10_summary.csv",
 }
 NO_TEACHER = {"run_id": None, "candidate": None, "train_time_ms": None, "budget_ms": None, "imported": 0}
+FROM_JOBS = ("reason", "slurm_job", "log_tail")
 NO_TARGET = {"value": None, "consecutive": 2, "source": "", "reason": "no teacher is selected yet", "fixed": []}
 
 
@@ -48,8 +53,9 @@ def report_so_far(campaign: Campaign, named: list[Run], folder: Path, runs: Path
     """
     out = folder / "so_far"
     found = ended(campaign, named, runs)
+    jobs = read_failures(folder / FAILURES)
     files = {name: folder / MADE_BY_STAGES.get(name, f"tables/{name}.csv") for name in INPUTS}
-    files |= _write_tables(campaign, found, files, out / "tables")
+    files |= _write_tables(campaign, found, files, out / "tables", _unfinished(named, jobs, runs), jobs)
     page = out / "report/index.html"
     report(campaign.campaign, out / "figures", page, so_far=words, **files)
     return page
@@ -70,13 +76,38 @@ def _data_of(named: list[Run]) -> str:
     return next((run.config.data.id for run in named), "unprepared")
 
 
-def _write_tables(campaign: Campaign, runs: list[RunFolder], files: dict[str, Path], out: Path) -> dict[str, Path]:
-    """The tables that need no comparison, of these runs; {name: path}."""
-    teacher = _decision(files["selected"], NO_TEACHER)
+def _unfinished(named: list[Run], jobs: list[dict], runs: Path) -> list[dict]:
+    """Rows of RUN_COLUMNS and PAGE_COLUMNS of runs that have no result, since the job that was to train them failed."""
+    rows, nothing = [], dict.fromkeys((*RUN_COLUMNS, *PAGE_COLUMNS))
+    for run in named:
+        folder = runs / run.run_id
+        job = next((job for job in jobs if run.run_id in job["run_ids"].split()), None)
+        if job is None or (folder / "status.json").is_file():
+            continue
+        row = {
+            "arm": run.arm,
+            "label": run.label,
+            "run_id": run.run_id,
+            "seed": run.config.seed,
+            "status": "unfinished",
+        }
+        row |= {"horizon": run.config.schedule.horizon, "clock": run.config.clock, "artifact_dir": folder}
+        row |= {"files": LOG if (folder / LOG).is_file() else ""} | {key: job[key] for key in FROM_JOBS}
+        rows.append(nothing | row)
+    return rows
+
+
+def _write_tables(
+    campaign: Campaign, runs: list[RunFolder], files: dict, out: Path, unfinished: list[dict], jobs: list[dict]
+) -> dict[str, Path]:
+    """The tables that need no comparison, of these runs and of what failed jobs left unfinished; {name: path}."""
+    teacher = as_measured(_decision(files["selected"], NO_TEACHER))
     shown = [run for run in runs if _teacher_known(run, teacher)]
     rows = tables_of(shown, teacher, None, campaign.verdict.confidence)
     rows["curves"] = [row for run in shown for row in compare.curve_rows(run, teacher)]
-    rows["runs"] = [run.row() for run in runs]
+    rows["runs"] = [run.row() for run in runs] + unfinished
+    rows["run_pages"] += unfinished
+    rows["warnings"] += [job_warning(job) for job in jobs]
     rows["headline"] = _headline(files)
     columns = {"curves": compare.CURVE_COLUMNS, "runs": RUN_COLUMNS} | {
         name: DETAILS[name] for name in DETAILS if name != "advice"
@@ -84,7 +115,7 @@ def _write_tables(campaign: Campaign, runs: list[RunFolder], files: dict[str, Pa
     paths = {name: out / f"{name}.csv" for name in columns}
     for name, path in paths.items():
         write_csv(path, columns[name], rows[name])
-    return paths | {"ledger": _write_ledger(campaign, runs, files["target"], out)}
+    return paths | {"ledger": _write_ledger(campaign, runs, files["target"], out, unfinished)}
 
 
 def _headline(files: dict[str, Path]) -> list[dict]:
@@ -98,12 +129,12 @@ def _headline(files: dict[str, Path]) -> list[dict]:
     return headline_rows(decisions, *(read_csv(path, names) for path, names in zip(compared, columns, strict=True)))
 
 
-def _write_ledger(campaign: Campaign, runs: list[RunFolder], target: Path, out: Path) -> Path:
+def _write_ledger(campaign: Campaign, runs: list[RunFolder], target: Path, out: Path, unfinished: list[dict]) -> Path:
     if not target.is_file():
         target = out / "no_target.json"
         write_json(target, NO_TARGET)
     path = out / "ledger.csv"
-    ledger.ledger(runs, target, campaign.exploratory, path)
+    ledger.ledger(runs, target, campaign.exploratory, path, unfinished)
     return path
 
 

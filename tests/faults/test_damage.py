@@ -103,7 +103,7 @@ def test_a_damaged_resume_state_is_said_and_costs_no_result(way, seed, made, tmp
     results, manifest, config = made
     out = tmp_path / config.run_id
     stopping = iter([False] * 30 + [True] * 100)
-    monkeypatch.setattr("kdclimb.run._StopRequests.asked", lambda self: next(stopping))
+    monkeypatch.setattr("kdclimb.run.StopRequests.asked", lambda self: next(stopping))
     assert train(config, out, manifest) == 75
     monkeypatch.undo()
     file = Folder(out).resume_file

@@ -44,6 +44,12 @@ def test_a_tenth_of_694_seconds(tmp_path):
     assert json.loads((tmp_path / "budget.json").read_text())["budget_ms"] == pytest.approx(69401.5)
 
 
+def test_the_budget_is_at_the_speed_of_the_median_anchor(tmp_path):
+    """1400 ms on a machine that takes twice as long are 700 ms, so the median is no longer 1100 ms."""
+    decision = set_budget(tmp_path, anchor_before_ms=20.0, anchor_after_ms=20.0)
+    assert (decision["anchor_ms"], decision["ce_train_time_ms"]) == (10.0, 1000.0)
+
+
 @pytest.mark.parametrize("key,value", [("device", "cuda"), ("threads", 8)])
 def test_mixed_timings_set_no_budget(tmp_path, key, value):
     with pytest.raises(AnalysisError, match=rf"timing\.csv: the CE runs at 100 steps differ in {key}"):

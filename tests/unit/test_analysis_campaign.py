@@ -53,6 +53,30 @@ def test_verdict(campaign):
     assert (alive["first_val_kd"], alive["first_val_ce"], alive["first_val_random"]) == (5.6, 5.75, 5.9)
 
 
+def test_nothing_that_is_decided_depends_on_the_speed_of_the_machine(campaign, tmp_path):
+    """The same runs, each on a machine of another speed, which its anchor shows."""
+
+    def edit(run):
+        factor = 0.5 + int(run.run_id[-4:], 16) / 2**15  # 0.5 to 2.5
+        own, anchors = other.synthetic(run), dict.fromkeys(("anchor_before_ms", "anchor_after_ms"), 10.0 * factor)
+        return anchors | {"step_ms": own["step_ms"] * factor}
+
+    other = SyntheticCampaign(tmp_path)
+    other.edit = edit
+    other.run_all()
+    for name in ("projected", "measured"):
+        ours, found = (c.json(f"teacher/{name}.json") for c in (campaign, other))
+        assert found["survivors"] == ours["survivors"] and found["rejected"].keys() == ours["rejected"].keys()
+        assert found["budget_ms"] == pytest.approx(ours["budget_ms"] * other.json("budget.json")["anchor_ms"] / 10.0)
+    assert other.json("teacher/selected.json")["run_id"] == campaign.json("teacher/selected.json")["run_id"]
+    ours, found = (c.json("verdict.json") for c in (campaign, other))
+    assert found["budget_share"] == pytest.approx(ours["budget_share"])
+    assert found["claimable"] and found["kd_pays_time_with_teacher"] == ours["kd_pays_time_with_teacher"]
+    assert other.expanded("control_extra") == campaign.expanded("control_extra")
+    saved = "time_saved_with_teacher_ms_mean"
+    assert found[saved] / found["budget_ms"] == pytest.approx(ours[saved] / ours["budget_ms"])
+
+
 def test_tables_cover_every_run_of_every_arm(campaign):
     runs = read_rows(campaign.path("tables/runs.csv"))
     assert [(row["arm"], row["label"], row["run_id"]) for row in runs] == [

@@ -10,6 +10,7 @@ from kdclimb.artifacts import write_json
 
 FALLING = [(0, 6.0), (25, 5.5), (50, 5.2), (75, 5.0), (100, 4.9)]
 BUDGET = {
+    "anchor_ms": 10.0,
     "budget_ms": 1000.0,
     "ce_train_time_ms": 10000.0,
     "clock": "measured",
@@ -143,6 +144,27 @@ def test_weights_left_elsewhere_are_not_missing_but_their_description_is(tmp_pat
     (runs[0].folder / "checkpoints/model.json").unlink()
     selection.teacher_train(runs, tmp_path / "trained.csv")
     assert read_rows(tmp_path / "trained.csv")[0]["missing_artifacts"] == "checkpoints/model.json"
+
+
+def slow(factor, step_ms, **more):
+    """A run on a machine that takes `factor` times as long."""
+    return {"step_ms": factor * step_ms, "anchor_before_ms": factor * 10.0, "anchor_after_ms": factor * 10.0} | more
+
+
+def test_a_candidate_is_not_held_against_the_speed_of_its_machine(tmp_path, budget):
+    """Budget 1,000 ms: 9 ms a step are within it on a machine of half the speed too, 11 ms on none."""
+    decision = probe_filter(tmp_path, budget, A=slow(2.0, 9.0), B=slow(0.5, 11.0), C=slow(1.0, 11.0))
+    assert decision["survivors"] == ["A"]
+    assert decision["rejected"] == {
+        "B": "projected time 1,100.0 ms (550.0 ms on a machine of another speed) is over the budget of 1,000.0 ms",
+        "C": "projected time 1,100.0 ms is over the budget of 1,000.0 ms",
+    }
+    teachers = {"D": slow(2.0, 9.0, val=FALLING), "E": slow(0.5, 11.0, val=FALLING)}
+    decision = measured_filter(tmp_path, budget, **teachers)
+    assert decision["survivors"] == ["D"] and "(550.0 ms on a machine" in decision["rejected"]["E"]
+    selected = select(tmp_path, budget)
+    assert (selected["train_time_ms"], selected["speed"]) == (900.0, 0.5)
+    assert selection.as_measured(selected)["train_time_ms"] == 1800.0
 
 
 def test_several_reasons_stand_together(tmp_path, budget):

@@ -11,13 +11,14 @@ import torch
 from configs import ROOT, merged
 from test_damage import DAMAGE
 
-from kdclimb import campaign, expansion, write_cache
+from kdclimb import campaign, evaluate, expansion, write_cache
 from kdclimb.artifacts import DiskFull, seal, write_json
 from kdclimb.cache import DESCRIPTION, TargetCache
 from kdclimb.config import ConfigError
 from kdclimb.data import Dataset
 from kdclimb.kernels import DenseTeacher, SparseTeacher, distill_loss
 from kdclimb.sparsify import sample
+from kdclimb.stop import EXIT_INTERRUPTED
 from kdclimb.teacher import read_description
 from kdclimb.train import Trainer
 
@@ -149,6 +150,107 @@ def test_the_modelled_clock_charges_what_is_left_of_the_teacher(trainers):
         config = online.kd.teacher.config
         left = 2 * config.dim * config.vocab_size if part == "head" else 0
         assert cached.flops_per_token()[1] == left < online.flops_per_token()[1]
+
+
+class Killed(BaseException):
+    """Ends a pass as SIGKILL does: nothing is caught, nothing more is written."""
+
+
+@pytest.fixture
+def again(caches, expanded, manifest, teacher_folder, tmp_path, monkeypatch):
+    """again(kind, kill=None, stop=None) -> (exit code, the cache's folder, how many micro-batches the teacher made), of
+    one more pass over `kind` in tmp_path, which is killed in the micro-batch `kill`, or asked to stop before `stop`.
+    """
+
+    def call(kind, kill=None, stop=None):
+        (_, folder), (_, cache) = caches[kind], expanded(kind)
+        made = []
+
+        def target(teacher, batch):
+            if kill is not None and len(made) == 1 + kill:  # the first is the warm-up
+                raise Killed
+            made.append(batch)
+            return evaluate.teacher_target(teacher, batch)
+
+        monkeypatch.setattr(write_cache, "teacher_target", target)
+        monkeypatch.setattr(write_cache.StopRequests, "asked", lambda self: stop is not None and len(made) > stop)
+        code = write_cache.write(cache, tmp_path / folder.name, manifest, teacher_folder, threads=1)
+        return code, tmp_path / folder.name, len(made) - 1
+
+    return call
+
+
+def same(folder, other):
+    """Whether two caches are equal to the byte, but for what the description says of time."""
+    names = {file.name for file in folder.iterdir()}
+    told = [json.loads((f / DESCRIPTION).read_text()) for f in (folder, other)]
+    for description in told:
+        for key in ("cost_ms", "broken", "sha256"):
+            del description[key]
+    files = names - {DESCRIPTION}
+    return (
+        names == {file.name for file in other.iterdir()}
+        and told[0] == told[1]
+        and all((folder / name).read_bytes() == (other / name).read_bytes() for name in files)
+    )
+
+
+@pytest.mark.parametrize("kind", ["hidden", "top_k", "samples"])
+def test_a_pass_that_is_stopped_or_killed_goes_on_and_is_the_same_to_the_byte(kind, caches, again, monkeypatch):
+    whole = caches[kind][1]
+    code, folder, made = again(kind, stop=3)
+    assert (code, made) == (EXIT_INTERRUPTED, 3) and not folder.exists()
+    monkeypatch.setattr(write_cache, "SAVE_SECONDS", -1.0)
+    with pytest.raises(Killed):
+        again(kind, kill=4)
+    monkeypatch.setattr(write_cache, "SAVE_SECONDS", 30.0)
+    code, folder, made = again(kind)
+    total = len(json.loads((whole / DESCRIPTION).read_text())["checksums"]["hidden" if kind == "hidden" else "ids"])
+    assert (code, made) == (0, total - 7) and same(folder, whole)
+    assert json.loads((folder / DESCRIPTION).read_text())["broken"] == 2
+
+
+def test_a_whole_cache_whose_output_was_deleted_is_back_without_the_teacher(caches, again):
+    """As by Snakemake, for a job whose end a killed master did not see."""
+    _, folder, _ = again("hidden")
+    shutil.rmtree(folder)
+    code, folder, made = again("hidden")
+    assert (code, made) == (0, 0) and same(folder, caches["hidden"][1])
+    reader = (folder / "hidden.bin").open("rb")
+    (folder.with_name(f".{folder.name}") / "state.json").unlink()
+    assert again("hidden")[0] == 0 and same(folder, caches["hidden"][1])
+    assert reader.read() == (folder / "hidden.bin").read_bytes()  # what is read is not written to
+
+
+def test_a_pass_that_is_killed_before_its_first_state_begins_again(caches, again):
+    with pytest.raises(Killed):
+        again("hidden", kill=4)
+    assert again("hidden")[0] == 0 and same(again("hidden")[1], caches["hidden"][1])
+
+
+@pytest.mark.parametrize(("at", "kept"), [(0, 0), (-1, 4), (None, 3)])
+def test_a_pass_goes_on_from_its_last_micro_batch_that_is_whole(at, kept, caches, again, capsys):
+    _, folder, _ = again("hidden", stop=5)
+    file = folder.with_name(f".{folder.name}") / "files/hidden.bin"
+    raw = bytearray(file.read_bytes())
+    if at is None:
+        del raw[3 * len(raw) // 5 + 7 :]
+    else:
+        raw[at] ^= 1
+    file.write_bytes(raw)
+    code, folder, made = again("hidden")
+    total = len(json.loads((folder / DESCRIPTION).read_text())["checksums"]["hidden"])
+    assert (code, made) == (0, total - kept) and same(folder, caches["hidden"][1])
+    assert f"damaged from micro-batch {kept} on" in capsys.readouterr().out
+
+
+def test_a_damaged_state_costs_the_pass_and_no_more(caches, again, capsys):
+    _, folder, _ = again("hidden", stop=5)
+    state = folder.with_name(f".{folder.name}") / "state.json"
+    state.write_text(state.read_text().replace("0", "1", 1))
+    code, folder, _ = again("hidden")
+    assert code == 0 and same(folder, caches["hidden"][1])
+    assert f"{state}: damaged" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -8,11 +8,13 @@ import shutil
 import pytest
 from configs import ROOT
 from rich.console import Console
-from test_analysis_synthetic import SyntheticCampaign
+from test_analysis_synthetic import SyntheticCampaign, read_rows
 
 from kdclimb import status
 from kdclimb.__main__ import main
 from kdclimb.analysis.so_far import report_so_far
+from kdclimb.analysis.tables import RUN_COLUMNS, read_csv
+from kdclimb.jobs import FAILURES, JOB_COLUMNS, write_failures
 
 
 class Halfway:
@@ -112,6 +114,29 @@ def test_a_run_that_failed_is_counted(halfway):
     halfway.made.flags("probe")
     row = next(line for line in halfway.printed().splitlines() if line.startswith("teacher probes"))
     assert row.split()[-1] == "6"
+
+
+def test_what_a_failed_job_left_unfinished_is_shown_with_its_reason(halfway):
+    halfway.made.baseline()
+    run = next(run for run in halfway.made.expanded("ce") if run.config.schedule.horizon == 300)
+    folder = halfway.made.runs / run.run_id
+    (folder / "status.json").unlink()
+    nothing = dict.fromkeys(JOB_COLUMNS, "")
+    reason = {"reason": "Slurm job 7 was ended: TIMEOUT", "slurm_job": "7", "log_tail": "step 25\nat step 30"}
+    jobs = [nothing | reason | {"rule": "train", "made": str(folder / "status.json"), "run_ids": run.run_id}]
+    jobs += [nothing | {"rule": "kd_cache", "made": "results/caches/none", "reason": "refused by Slurm: too large"}]
+    write_failures(halfway.made.out / FAILURES, jobs)
+    assert "kd_cache left no results/caches/none: refused by Slurm: too large" in halfway.printed()
+    page = halfway.page()
+    assert "refused by Slurm: too large" in page and "Slurm job 7 was ended: TIMEOUT" in page
+    assert "at step 30" in page and f'data-run="{run.run_id}"' in page
+    tables = halfway.results / "default/so_far/tables"
+    (row,) = (row for row in read_csv(tables / "runs.csv", RUN_COLUMNS) if row["status"] == "unfinished")
+    assert (row["run_id"], row["slurm_job"], row["log_tail"]) == (run.run_id, "7", reason["log_tail"])
+    (row,) = (row for row in read_rows(tables / "ledger.csv") if row["status"] == "unfinished")
+    assert (row["run_id"], row["mode"], row["enters_claims"]) == (run.run_id, "ce_baseline", "no: unfinished")
+    (folder / "status.json").write_text("{}")
+    assert [job["rule"] for job in write_failures(halfway.made.out / FAILURES, [])] == ["kd_cache"]
 
 
 def test_a_malformed_run_is_an_error_that_names_it(halfway):

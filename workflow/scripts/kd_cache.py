@@ -1,4 +1,4 @@
-"""Write the cache of a teacher's targets for a run's exact tokens."""
+"""Write the cache of a teacher's targets for a run's exact tokens. Exit code 75: interrupted, start it again."""
 
 import argparse
 import json
@@ -18,6 +18,8 @@ parser.add_argument("--threads", type=int, required=True)
 if __name__ == "__main__":
     args = parser.parse_args()
     try:
-        write(build(CacheConfig, json.loads(args.config)), args.out, args.manifest, args.teacher, args.threads)
+        config = build(CacheConfig, json.loads(args.config))
+        code = write(config, args.out, args.manifest, args.teacher, args.threads)
     except (ValueError, OSError) as error:
         sys.exit(f"kd_cache: {error}")
+    sys.exit(code)

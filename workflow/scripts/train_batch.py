@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kdclimb.artifacts import write_csv
 from kdclimb.config import RunConfig
+from kdclimb.jobs import write_batch
+from kdclimb.stop import EXIT_INTERRUPTED
 
-EXIT_INTERRUPTED = 75  # of train.py
 PASSED_ON = ("teacher", "threads", "code", "attempt", "attempts", "mirror")
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -42,19 +42,16 @@ def main() -> int:
     args = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)  # the run that goes on gets it too, keeps its state, and ends
-    rows, failed = [], 0
+    folders, failed = [], 0
     with args.log.open("a") as log:
         for config in args.configs:
             folder, code = train(config, args, log)
             if code == EXIT_INTERRUPTED:
                 return code
             failed = failed or code
-            if code == 0:
-                rows.append(
-                    {"run_id": folder.name, "status": json.loads((folder / "status.json").read_text())["status"]}
-                )
+            folders.append(folder)
     if not failed:
-        write_csv(args.out, ["run_id", "status"], rows)
+        write_batch(args.out, folders)
     return failed
 
 

@@ -545,7 +545,12 @@ def runs_section(page: Page) -> str:
     )
     distinct = list({row["run_id"]: row for row in reversed(page.data["runs"])}.values())[::-1]
     return section(
-        "Runs", lead, find, table(distinct, columns, "no run has ended yet"), page.links("runs", "run_pages", behind=())
+        "Runs",
+        lead,
+        page.warnings("runs"),
+        find,
+        table(distinct, columns, "no run has ended yet"),
+        page.links("runs", "run_pages", behind=()),
     )
 
 
