@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -42,7 +43,6 @@ from kdclimb.data import Batch, Dataset
 from kdclimb.distill import KDController
 from kdclimb.kernels import DenseTeacher, DistillLoss
 from kdclimb.model import GPT
-from kdclimb.stop import StopRequests
 from kdclimb.teacher import in_dtype
 from kdclimb.train import Trainer, compiled_graphs
 
@@ -141,7 +141,7 @@ class Arms:
         facts = dict.fromkeys(("teacher_sha256", "data_hash", "device"), "synthetic")
         files = write_cache.Files(config, unfinished, teacher.config.dim, facts)
         write_cache.announce(config, teacher.config.dim, self.folder)
-        write_cache.fill(config, files, self.trainer.dataset, teacher, StopRequests())
+        write_cache.fill(config, files, self.trainer.dataset, teacher, SimpleNamespace(asked=lambda: False))
         files.publish(out, files.cost_ms)
         reader = dataclasses.replace(run, kd=self.kd(cache=config.cache_id))
         self.caches[kind, dtype] = TargetCache(out, reader, teacher, {})
