@@ -1,4 +1,4 @@
-"""A real Slurm of one node on loopback: munged, slurmctld and slurmd, started by hand and stopped by their pids."""
+"""A real Slurm of two nodes on loopback: munged, slurmctld, two slurmd, started by hand and stopped by their pids."""
 
 import csv
 import ctypes
@@ -15,8 +15,8 @@ from checkouts import CORES, Checkout
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 CONFIG = Path("/etc/slurm")  # where Debian's Slurm looks: the jobstep plugin drops SLURM_CONF
-NODE = "node1"
-PORTS = {"CTLD_PORT": 26817, "SLURMD_PORT": 26818, "SRUN_PORTS": "26900-26999"}
+NODES = {"node1": "/dev/zero", "node2": "/dev/full"}  # and the device that stands for the GPU of each
+PORTS = {"CTLD_PORT": 26817, "NODE1_PORT": 26818, "NODE2_PORT": 26819, "SRUN_PORTS": "26900-26999"}
 
 
 def environment() -> dict[str, str]:
@@ -64,7 +64,7 @@ class Cluster:
 
     def __init__(self, folder: Path):
         self.folder, self.cpus = folder, len(CORES)  # all, though this process may have but some of them
-        for name in ("slurmctld", "slurmd"):
+        for name in ("slurmctld", *(f"slurmd.{node}" for node in NODES)):
             (folder / name).mkdir(parents=True)
         folder.chmod(0o755)
         self.daemons: list[subprocess.Popen] = []
@@ -73,13 +73,14 @@ class Cluster:
 
     def _configure(self) -> None:
         text = (Path(__file__).parent / "slurm.conf").read_text()
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20 - 512
+        memory = (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20 - 512) // len(NODES)
         host = socket.gethostname().split(".")[0]
-        values = {"FOLDER": self.folder, "HOST": host, "NODE": NODE, "CPUS": self.cpus, "MEMORY_MB": memory} | PORTS
+        values = {"FOLDER": self.folder, "HOST": host, "CPUS": self.cpus, "MEMORY_MB": memory} | PORTS
         for name, value in values.items():
             text = text.replace(f"@{name}@", str(value))
         (self.folder / "slurm.conf").write_text(text)
-        (self.folder / "gres.conf").write_text(f"NodeName={NODE} Name=gpu Type=fake File=/dev/zero,/dev/full\n")
+        gpus = "".join(f"NodeName={node} Name=gpu Type=fake File={device}\n" for node, device in NODES.items())
+        (self.folder / "gres.conf").write_text(gpus)
         key = self.folder / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(1024))
@@ -96,8 +97,9 @@ class Cluster:
         self._wait_for((self.folder / "munge.socket").is_socket)
         self._launch("slurmctld", "-D")
         self._wait_for(lambda: "UP" in self._ask("scontrol", "ping"))  # else slurmd waits before it tries again
-        self._launch("slurmd", "-D", "-N", NODE)
-        self._wait_for(lambda: self.node_state() in ("idle", "mixed", "allocated"))
+        for node in NODES:
+            self._launch("slurmd", "-D", "-N", node)
+        self._wait_for(lambda: len(self.nodes("idle")) == len(NODES))
 
     def _launch(self, *command: str) -> None:
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -114,13 +116,26 @@ class Cluster:
     def _ask(self, *command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, env=environment()).stdout.strip()
 
-    def node_state(self) -> str:
-        return self._ask("sinfo", "--noheader", "--format=%T", f"--nodes={NODE}")
+    def nodes(self, state: str) -> list[str]:
+        """Those in this state."""
+        return self._ask("sinfo", "--noheader", "--Node", f"--states={state}", "--format=%N").split()
 
-    def jobs(self, *states: str) -> list[tuple[str, str]]:
-        """(id, comment) of the jobs in these states, oldest first."""
-        options = [f"--states={','.join(states) or 'all'}", "--format=%i|%k", "--sort=i"]
-        return [tuple(line.split("|")) for line in call("squeue", "--noheader", *options).splitlines()]
+    def lose(self, node: str) -> None:
+        """To Slurm it is down, and what runs there is killed and queued again; then it is back."""
+        call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+        call("scontrol", "update", f"NodeName={node}", "State=RESUME")
+
+    def jobs(self, *states: str, folder: Path | None = None) -> list[tuple[str, str]]:
+        """(id, comment) of the jobs in these states, oldest first; of all folders, or those submitted in one."""
+        options = [f"--states={','.join(states) or 'all'}", "--format=%i|%k|%Z", "--sort=i"]
+        rows = [line.split("|") for line in call("squeue", "--noheader", *options).splitlines()]
+        return [(job, comment) for job, comment, place in rows if folder is None or Path(place) == folder]
+
+    def placed(self, folder: Path) -> dict[str, str]:
+        """{id: node} of the jobs that were submitted in `folder` and have been given one."""
+        lines = call("squeue", "--noheader", "--states=all", "--format=%i|%N|%Z").splitlines()
+        rows = [line.split("|") for line in lines]
+        return {job: node for job, node, place in rows if node and Path(place) == folder}
 
     def job(self, run_id: str, *states: str) -> str | None:
         """The id of a run's job in one of these states."""
@@ -146,8 +161,10 @@ class Master(Checkout):
 
     command = ("snakemake", "--cores", "8", "--profile", "slurm")
 
-    def __init__(self, path: Path, *, minutes: int = 10, threads: int = 1, finished=None):
+    def __init__(self, path: Path, *, minutes: int = 10, threads: int = 1, node: str = "", finished=None):
+        """`node`: the one that may run its jobs, if it is not any."""
         super().__init__(path, finished)
+        self.constraint = {"SBATCH_CONSTRAINT": node} if node else {}
         profile = "slurm/config.yaml"
         text = (path / profile).read_text()
         (path / profile).write_text("".join(line for line in text.splitlines(True) if "slurm_account:" not in line))
@@ -162,7 +179,7 @@ class Master(Checkout):
 
     def environment(self) -> dict[str, str]:
         found = environment()
-        return found | {"PATH": f"{self.path / '.venv/bin'}:{found['PATH']}"}
+        return found | {"PATH": f"{self.path / '.venv/bin'}:{found['PATH']}"} | self.constraint
 
     def dry_run(self, *arguments) -> str:
         return call(self.path / ".venv/bin/snakemake", "--cores", 8, "-n", *arguments, cwd=self.path)

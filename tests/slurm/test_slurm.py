@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 from checkouts import CANDIDATES, SMALL, jobs, overlay
-from cluster import Master, call
+from cluster import NODES, Master, call
 
 from kdclimb.analysis.tables import RunFolder
-from kdclimb.refused import OF_THE_REQUEST
+from kdclimb.jobs import OF_THE_REQUEST
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -30,6 +30,21 @@ def ids_of(output: str) -> list[str]:
     return [line.split("=")[1] for line in output.splitlines() if line.startswith("    wildcards: run=")]
 
 
+def test_training_jobs_ask_for_a_gpu_and_go_to_the_nodes_that_have_one(tmp_path, cluster, finished):
+    """First, while no other job is there: each node has one."""
+    master = Master(tmp_path / "kdclimb", finished=finished)
+    master.edit("slurm/config.yaml", "gpu_type: default", "gpu_type: fake")
+    configfiles = overlay(master, "gpu", device="cuda")
+    process = master.start("results/tiny/ce/timing.csv", *configfiles)
+    master.wait_for("two jobs that have a node", lambda: len(cluster.placed(master.path)) > 1)
+    nodes = cluster.placed(master.path)
+    process.kill()
+    assert set(nodes.values()) == set(NODES)
+    for job in nodes:
+        assert "gres:gpu:fake:1" in call("scontrol", "show", "job", job)
+    call("scancel", *nodes)
+
+
 @pytest.fixture(scope="module")
 def started(tmp_path_factory, cluster, finished):
     """Masters that wait for Slurm while the other tests run: one whose run is over its time limit, one with a candidate
@@ -37,7 +52,7 @@ def started(tmp_path_factory, cluster, finished):
     """
 
     def checkout(name, **options):
-        return Master(tmp_path_factory.mktemp(name) / "kdclimb", finished=finished, **options)
+        return Master(tmp_path_factory.mktemp(name) / "kdclimb", node="node1", finished=finished, **options)
 
     over, large, refused = checkout("over", minutes=1), checkout("large"), checkout("refused")
     over.run_id, arguments = one_run(over, OVER_LIMIT)
@@ -57,13 +72,13 @@ def end(master: Master) -> str:
     return master.process.communicate(timeout=400)[0]
 
 
-def test_the_tiny_campaign_as_typed_has_the_tables_of_a_local_one(tmp_path, cluster, finished, small):
+def test_the_tiny_campaign_as_typed_has_the_tables_of_a_local_one(tmp_path, cluster, finished, small, started):
     master = Master(tmp_path / "slurm", threads=len(os.sched_getaffinity(0)))  # as many as the local runs
-    output = master.run(*overlay(master, "small", cluster={"points_per_job": 2}, **SMALL))
+    output = master.run(*overlay(master, "small", cluster={"points_per_job": 2}, **SMALL), timeout=800)
     ours = [line for line in output.splitlines() if line.startswith("kdclimb: ")]
     assert ours[0] == "kdclimb: campaign tiny on cpu, through Slurm, at most 8 jobs at a time"
     assert ours[1].startswith("kdclimb: to train") and output.index(ours[1]) < output.index("has been submitted")
-    submitted = [comment for _, comment in cluster.jobs()]
+    submitted = [comment for _, comment in cluster.jobs(folder=master.path)]
     assert submitted.count("rule_data") == 1 and submitted.count("rule_train_batch_wildcards_1of1") == 1
     assert {comment.split("_wildcards")[0] for comment in submitted} == {"rule_data", "rule_train", "rule_train_batch"}
     assert len(submitted) == output.count("has been submitted") == 1 + (3 + 1) + 1 + 1 + 3 + 1 + 5
@@ -77,25 +92,14 @@ def test_the_tiny_campaign_as_typed_has_the_tables_of_a_local_one(tmp_path, clus
     assert [name for name in expected if tables[name] != expected[name]] == []
 
 
-def test_a_training_job_asks_for_a_gpu(tmp_path, cluster, finished, started):
-    master = Master(tmp_path / "kdclimb", finished=finished)
-    master.edit("slurm/config.yaml", "gpu_type: default", "gpu_type: fake")
-    run_id, arguments = one_run(master, 50, device="cuda")
-    process = master.start(*arguments)
-    job = master.wait_for("its job", lambda: cluster.job(run_id, "PENDING", "RUNNING"))
-    process.kill()
-    assert "gres:gpu:fake:1" in call("scontrol", "show", "job", job)
-    call("scancel", job)
-
-
-def test_a_requeued_run_goes_on_and_a_killed_masters_result_is_taken(tmp_path, cluster, finished, started):
-    master = Master(tmp_path / "kdclimb", finished=finished)
+def test_a_lost_nodes_run_goes_on_and_a_killed_masters_result_is_taken(tmp_path, cluster, finished, started):
+    master = Master(tmp_path / "kdclimb", node="node2", finished=finished)
     run_id, arguments = one_run(master, WITHOUT_MASTER)
     process = master.start(*arguments)
     folder = master.path / "results/runs" / run_id
     master.wait_for("a state to go on from", (folder / ".state/resume.safetensors").is_file)
     job = cluster.job(run_id, "RUNNING")
-    call("scontrol", "requeue", job)
+    cluster.lose("node2")
     master.wait_for("the requeued job", lambda: "resumed at step" in master.read(folder / "train.log"))
     process.kill()
     process.communicate()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import seed_checkpoints
 import torch
 import yaml
-from checkouts import ROOT, SMALL, TINY, jobs, overlay
+from checkouts import ROOT, SMALL, TINY, Checkout, jobs, overlay
 
 from kdclimb.artifacts import publish
 
@@ -51,6 +52,20 @@ def test_every_stage_leaves_its_result(finished):
         *("control_boost", "control_random", "control_tuned", "control_smooth", "control_extra"),
     }
     assert {r["status"] for r in runs} == {"ok"}
+
+
+def test_a_dry_run_of_a_thousand_points_takes_less_than_ten_seconds_and_a_gibibyte(finished, tmp_path):
+    checkout = Checkout(tmp_path / "kdclimb", finished)
+    grid = {"temperature": [1 + i / 20 for i in range(20)], "lr_boost": [1.01 + i / 100 for i in range(50)]}
+    arguments = overlay(checkout, "wide", kd={"grid": grid})
+    command = [".venv/bin/snakemake", "--cores", "2", "-n", *arguments]
+    with (tmp_path / "output").open("w+") as output:
+        process = subprocess.Popen(command, cwd=checkout.path, stdout=output, stderr=subprocess.STDOUT)
+        _, code, used = os.wait4(process.pid, 0)
+        output.seek(0)
+        text = output.read()
+    assert code == 0 and "\ntrain           999\n" in text, text[-3000:]  # one is there already
+    assert used.ru_utime + used.ru_stime < 10 and used.ru_maxrss < 2**20  # CPU time, as other tests run beside it
 
 
 def test_the_budget_is_a_tenth_of_the_median_ce_time_at_the_longest_horizon(finished):
