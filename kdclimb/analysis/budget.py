@@ -38,7 +38,9 @@ ISOLATE_COLUMNS = (
     "threads",
     "shared_device",
 )
-PROFILE_COLUMNS = tuple("label run_id part ms_median ms_p90 share_of_step step_ms_median device threads".split())
+PROFILE_COLUMNS = tuple(
+    "label run_id part ms_median ms_p90 share_of_step step_ms_median shared_device device threads".split()
+)
 MIN_STEPS = 10  # of one kind, below which their mean says nothing
 TIMED_ON = ("device", "threads", "clock")
 

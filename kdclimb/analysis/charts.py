@@ -103,7 +103,7 @@ def step_parts(axes: Axes, rows: list[dict] | None) -> bool:
     axes.grid(False, axis="y")
     axes.set_xlabel("median of the step's part (ms)")
     if labels:
-        legend(axes, bbox_to_anchor=(0, 1.0), loc="lower left", ncols=4)
+        legend(axes, bbox_to_anchor=(1, 1.0), loc="lower right", ncols=3)
     return bool(labels)
 
 

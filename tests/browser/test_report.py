@@ -52,6 +52,13 @@ def test_every_chart_is_drawn(campaign, visit):
         assert lines(page, f'[data-chart="{name}"]'), name
 
 
+def test_a_run_that_arms_share_is_drawn_once(campaign, visit):
+    page = visit(report(campaign))
+    shared = [row["run_id"] for row in read_rows(campaign.path("tables/runs.csv")) if row["label"] == "LR1"]
+    drawn_ce = [line for line in lines(page, '[data-chart="kd_alive"]') if line["name"] == "CE"]
+    assert [line["runs"][0] for line in drawn_ce] == shared and drawn_ce[0]["x"] == [25, 50, 75]
+
+
 def test_the_top_is_the_verdict_with_four_numbers_of_the_csv(campaign, visit):
     page = visit(report(campaign))
     said = " ".join(page.locator(".sentence").inner_text().split())

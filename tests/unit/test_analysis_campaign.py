@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from test_analysis_synthetic import SyntheticCampaign, read_rows
 
+from kdclimb.analysis.report.parts import Page
+from kdclimb.analysis.report.sections import isolates_section
+
 FIGURES = (
     "break_even horizon_curve isolates kd_alive lr_phases step_deltas step_parts steps_saved_trend sweep_knobs "
     "sweep_parallel teachers val_loss_steps val_loss_time"
@@ -170,6 +173,13 @@ def test_report_shows_what_the_files_say(campaign):
     assert 'class="badge no"' not in page_of(campaign)
     assert "Nothing to draw" not in words and "Not there yet" not in words
     assert "The parts of a step are not measured: ./run results/default/kd/profile.csv" in words
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_parts_that_were_timed_on_a_shared_device_are_marked(shared):
+    data = {"isolates": [], "profile": [{"run_id": "a", "shared_device": shared}], "runs": None}
+    page = Page("default", data, {"isolates": "isolates.csv", "profile": "profile.csv"}, drawn={}, alts={})
+    assert ("The device was shared" in isolates_section(page)) == bool(shared)
 
 
 def test_figures_are_written_as_png_and_svg(campaign):

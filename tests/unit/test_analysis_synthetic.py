@@ -304,7 +304,7 @@ class SyntheticCampaign:
         """kd/profile.csv, which the workflow makes only if it is asked for."""
         shares, step = {"data": 0.1, "student": 0.3, "backward": 0.6}, STEP_MS["isolate"]
         rows = [
-            [run.label, run.run_id, part, share * step, share * step, share, step, "cpu", 2]
+            [run.label, run.run_id, part, share * step, share * step, share, step, 0, "cpu", 2]
             for run in self.expanded("isolate")
             for part, share in shares.items()
         ]

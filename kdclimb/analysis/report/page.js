@@ -38,13 +38,14 @@
 
   const tables = {};
   const table = (name) => (tables[name] ??= rowsOf(name));
-  const curves = grouped(
-    table("curves").filter((row) => row.step > 0),
-    "run_id",
-  );
   const traces = grouped(table("traces"), "run_id");
   const runs = new Map();
   for (const row of table("runs")) if (!runs.has(row.run_id)) runs.set(row.run_id, row);
+  const first = ({ run_id, arm, label }) => runs.get(run_id)?.arm === arm && runs.get(run_id).label === label;
+  const curves = grouped(
+    table("curves").filter((row) => row.step > 0 && first(row)), // a run that several arms share stands there for each
+    "run_id",
+  );
   const pages = new Map(table("run_pages").map((row) => [row.run_id, row]));
 
   // ---- how it looks

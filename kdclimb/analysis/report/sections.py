@@ -462,6 +462,8 @@ def isolates_section(page: Page) -> str:
     if page.has("profile"):
         caption = "Where the time of a step goes, the same runs once more: medians of its parts, which need not add up."
         parts, sources = page.figure("step_parts", caption), ("isolates", "profile")
+        if any(row["shared_device"] for row in page.data["profile"]):
+            words += '<p class="empty">The device was shared while the parts were timed.</p>'
     else:
         command = f"<code>./run results/{escape(page.campaign)}/kd/profile.csv</code>, then <code>./run</code>"
         words += f'<p class="empty">The parts of a step are not measured: {command}.</p>'
