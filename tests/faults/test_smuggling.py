@@ -94,7 +94,7 @@ def test_set_up_refuses_a_package_that_is_not_the_locked_one(tmp_path):
 
 EVIL = "\"'></script><img src=x onerror=x>{x}"
 WORDS_OF_OURS = (
-    "arm against kind status clock measure target phase place figure cost artifact_dir promoted verdict".split()
+    "arm against kind status clock measure target phase place figure cost source promoted verdict artifact_dir".split()
 )
 
 
@@ -138,7 +138,7 @@ def test_no_text_of_any_table_becomes_a_part_of_the_page(tmp_path):
     files = campaign.report_files()
     for name, columns in TABLES.items():
         text = set(columns) - set(WORDS[name]) if name in WORDS else set(columns) & TEXT
-        if name != "ledger":  # whose columns are figures as text
+        if name != "ledger" and files[name].is_file():  # its columns are figures as text; one table may not be there
             spoil(files[name], text - set(WORDS_OF_OURS))
             spoilt += 1
     out = tmp_path / "spoilt.html"
@@ -155,9 +155,12 @@ def test_no_text_of_published_numbers_becomes_a_part_of_their_page(tmp_path):
         (folder / name).write_bytes((ROOT / "examples/seed" / name).read_bytes())
         spoil(folder / name, columns)
     spoil(folder / "claims.csv", ["against"])
-    assert main(["reread", str(folder), "--out", str(tmp_path / "out")]) == 0
-    found = Elements((tmp_path / "out/index.html").read_text())
-    assert found.active == [] and sum("onerror=x" in text for text in found.text) > 20
+    found, before = (
+        Elements((tmp_path / out / "index.html").read_text())
+        for source, out in ((folder, "out"), (ROOT / "examples/seed", "whole"))
+        if main(["reread", str(source), "--out", str(tmp_path / out)]) == 0
+    )
+    assert found.active == before.active and sum("onerror=x" in text for text in found.text) > 20
 
 
 # ---- paths ------------------------------------------------------------------------------------------
