@@ -296,9 +296,8 @@ def compile_cache():
 def runs_of(failure):
     """The configs of the runs that a failed job was to train, as far as the decisions since then still name them."""
     made, (_, by_id, batched) = Path(failure.made), expand_runs()
-    if failure.rule == "train":
-        return [by_id[made.parent.name]] if made.parent.name in by_id else []
-    return batched.get(made.stem, []) if failure.rule == "train_batch" else []
+    one = [by_id[made.parent.name]] if made.parent.name in by_id else []
+    return {"train": one, "train_batch": batched.get(made.stem, [])}.get(failure.rule, [])
 
 
 def tell_failed():
@@ -317,7 +316,8 @@ def tell_failed():
                     retry = "python -m kdclimb retry --status refused"
                     print(f"kdclimb: {folder.name}: {failure.reason}. To ask again: {retry}", file=sys.stderr)
             ended = [(folder / "status.json").is_file() for folder in folders]
-            if failure.rule == "train_batch" and ended and all(ended):
+            batch = failure.rule == "train_batch"
+            if batch and ended and all(ended):
                 write_batch(Path(failure.made), folders)
         rows.append(failure.row(folder.name for folder in folders))
     for row in write_failures(Path(RESULTS, FAILURES), rows):

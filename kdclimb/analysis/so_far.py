@@ -40,6 +40,7 @@ MADE_BY_STAGES = {  # where the workflow puts what a stage leaves
     "stop": "tables/stop_conditions.csv",
     "summary": "tables/teacher_budget10_summary.csv",
 }
+COMPARED = ("compare", "tests", "verdict")  # one without the others is none
 NO_TEACHER = {"run_id": None, "candidate": None, "train_time_ms": None, "budget_ms": None, "imported": 0}
 FROM_JOBS = ("reason", "slurm_job", "log_tail")
 NO_TARGET = {"value": None, "consecutive": 2, "source": "", "reason": "no teacher is selected yet", "fixed": []}
@@ -55,6 +56,8 @@ def report_so_far(campaign: Campaign, named: list[Run], folder: Path, runs: Path
     found = ended(campaign, named, runs)
     jobs = read_failures(folder / FAILURES)
     files = {name: folder / MADE_BY_STAGES.get(name, f"tables/{name}.csv") for name in INPUTS}
+    if not all(files[name].is_file() for name in COMPARED):  # some are of runs that are being made again
+        files |= dict.fromkeys(COMPARED, out / "not_yet")
     files |= _write_tables(campaign, found, files, out / "tables", _unfinished(named, jobs, runs), jobs)
     page = out / "report/index.html"
     report(campaign.campaign, out / "figures", page, so_far=words, **files)
@@ -121,10 +124,9 @@ def _write_tables(
 def _headline(files: dict[str, Path]) -> list[dict]:
     """The headline of what is decided; with the savings once all of the comparison is there."""
     decisions = {name: _decision(files[name], None) for name in ("budget", "selected", "target", "verdict")}
-    compared = [files["compare"], files["tests"]]
-    if not all(path.is_file() for path in compared):
-        decisions["verdict"] = None
+    if decisions["verdict"] is None:
         return headline_rows(decisions, [], [])
+    compared = [files["compare"], files["tests"]]
     columns = compare.COMPARE_COLUMNS, VERDICT_COLUMNS
     return headline_rows(decisions, *(read_csv(path, names) for path, names in zip(compared, columns, strict=True)))
 

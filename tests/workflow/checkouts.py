@@ -1,5 +1,7 @@
 """Copies of the project to run campaigns in, with ./run and the .venv that ./test made."""
 
+import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -86,8 +88,19 @@ class Checkout:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+            self._wait_for_its_lock()
             return True
         return False
+
+    def _wait_for_its_lock(self) -> None:
+        """Killed while it sets up, ./run leaves a child that ends by itself; a start before that is refused."""
+        with (self.path / ".snakemake/kdclimb.lock").open("a") as file:
+            until = time.monotonic() + 60
+            while time.monotonic() < until:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                time.sleep(0.2)
 
     def edit(self, name: str, old: str, new: str) -> None:
         text = (self.path / name).read_text()

@@ -179,10 +179,6 @@ def test_kd_from_a_cache_that_its_runs_share(changed):
     assert len(cells["kd_full"]) == 4 and len(alone) == 3  # the isolate shares that of its seed at the first horizon
     assert sorted(row["kd_cache_ms"] == "-" for row in cells["kd_isolate"]) == [False, True, True, True]
     assert "Nothing to be done" in changed.run("-n", *arguments)
-    assert jobs(changed.run("results/tiny/kd/profile.csv", *arguments)) == ["kd_profile"]
-    parts = rows(changed.path / "results/tiny/kd/profile.csv")
-    teacher = {row["label"]: float(row["ms_median"]) for row in parts if row["part"] == "teacher"}
-    assert teacher.pop("CE only") == 0 < min(teacher.values()) and len(teacher) == 3
     shutil.rmtree(changed.path / "results/caches")  # nothing trains from them any more
     assert "Nothing to be done" in changed.run("-n", *arguments)
 
@@ -284,7 +280,7 @@ def test_a_completed_timing_is_never_taken_again(checkout):
     """Measured clock: what a run measured before a kill is what the table holds after it."""
     arguments = ["results/tiny/ce/timing.csv", *overlay(checkout, "m", budget={"clock": "measured"})]
     kept = {}
-    for seconds in (5, 6, 7, 8, 9, 10, 15, 25, 40):  # on a slow machine nothing is complete after ten
+    for seconds in (7, 10, 15, 25, 40):  # on a slow machine nothing is complete after ten
         ended = not checkout.run_and_kill(seconds, *arguments)
         for file in checkout.path.glob("results/runs/*/.state/complete/steps.csv"):
             assert kept.setdefault(file, file.read_bytes()) == file.read_bytes()
@@ -404,7 +400,7 @@ def test_an_import_that_is_missing_stops_before_any_job(finished, checkout):
 def test_a_bad_config_stops_before_any_job(checkout, changes, said):
     output = checkout.run(*overlay(checkout, "bad", **changes), code=None)
     assert said in output and "Traceback" not in output
-    assert not (checkout.path / "results").exists()
+    assert not any((checkout.path / "results").glob("[!.]*"))
 
 
 def test_the_slurm_profile_dry_runs_anywhere_and_takes_no_device_of_the_head_node(finished):
