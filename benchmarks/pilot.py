@@ -37,6 +37,7 @@ from kdclimb.run import run as train
 from kdclimb.sections import Campaign
 
 ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / "results/runs"
 CONFIGS = [ROOT / "config/seed155.yaml", ROOT / "config/pilot155.yaml"]
 KEPT = ("config.json", "status.json", "steps.csv", "summary.csv", "train.log", "val.csv")
 BOOST = BoostConfig(2.0, 0.15, 0.30)
@@ -78,7 +79,7 @@ class Block:
         data = campaign.data_id(self.campaign, ROOT)
         self.manifest = prepared(self.campaign, data)
         self.make = expansion.Expansion(self.campaign, data)
-        self.work, self.done = ROOT / "results/runs", []
+        self.work, self.done = WORK, []
         if (out / "block.json").is_file():
             self.done = json.loads((out / "block.json").read_text())["runs"]
 
