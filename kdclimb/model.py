@@ -142,7 +142,7 @@ class GPT(nn.Module):
     def _factors(self, i: int) -> tuple[Tensor | None, ...]:
         """Layer i's learned factors of the residual stream, of the first hidden state and of the bigram embedding."""
         names = ("residual_lambdas", "x0_lambdas", "bigram_lambdas")
-        return tuple(getattr(self, name)[i].to(self.compute_dtype) if hasattr(self, name) else None for name in names)
+        return tuple(getattr(self, name)[i] if hasattr(self, name) else None for name in names)
 
     def _tables(self, length: int, paired: bool, device: torch.device) -> tuple[Tensor, Tensor]:
         key = length, paired, device

@@ -10,8 +10,12 @@ from kdclimb.config import KDConfig, MuonConfig, PolicyConfig, ScheduleConfig
 
 
 def stage(schedule: ScheduleConfig, step: int) -> int:
-    """Index of the equal stage of the scheduled steps that `step` lies in; the extension belongs to the last."""
-    return min(step, schedule.scheduled - 1) * len(schedule.batch_tokens) // schedule.scheduled
+    """Index of the equal stage of the scheduled steps that `step` lies in; the extension belongs to the last.
+
+    A stage begins at the step nearest to its share, as in the speedrun.
+    """
+    stages = len(schedule.batch_tokens)
+    return max(i for i in range(stages) if step >= round(i * schedule.scheduled / stages))
 
 
 def batch_tokens(schedule: ScheduleConfig, step: int) -> int:
@@ -56,9 +60,9 @@ def mtp_weights(schedule: ScheduleConfig, step: int) -> list[float]:
     stages, at = len(schedule.batch_tokens), stage(schedule, step)
     rows = schedule.mtp_weights if len(schedule.mtp_weights) > 1 else schedule.mtp_weights * stages
     start, end = rows[at], rows[min(at + 1, stages - 1)]
-    x = min(step, schedule.scheduled) * stages / schedule.scheduled - at
+    x = min(1.0, max(0.0, step * stages / schedule.scheduled - at))
     labels = max(i + 1 for i, pair in enumerate(zip(start, end, strict=True)) if max(pair) > 0)
-    return [a + (b - a) * min(1.0, x) for a, b in zip(start[:labels], end[:labels], strict=True)]
+    return [a + (b - a) * x for a, b in zip(start[:labels], end[:labels], strict=True)]
 
 
 def base_lr(schedule: ScheduleConfig, step: int) -> float:

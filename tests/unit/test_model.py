@@ -233,6 +233,15 @@ def test_the_extension_is_spent_at_the_floor_and_the_rest_of_the_schedule_ends_b
     assert [schedule.base_lr(sched, s) for s in (1515, 1554)] == [sched.lr_floor] * 2 < [schedule.base_lr(sched, 1514)]
 
 
+def test_a_stage_begins_at_the_step_nearest_to_its_share_of_the_schedule():
+    config = campaign.load(merged("config/seed155.yaml", {"device": "cpu"}), ROOT)
+    sched = next(
+        r.config.schedule for r in expansion.expand(config, {}) if r.arm == "ce" and r.config.schedule.horizon == 155
+    )
+    assert [schedule.stage(sched, s) for s in (0, 51, 52, 102, 103, 154)] == [0, 0, 1, 1, 2, 2]  # 51.7 and 103.3
+    assert schedule.total_tokens(sched) == 52 * 131072 + 51 * 262144 + 52 * 393216
+
+
 def test_windows_go_by_stages_and_yarn_remembers_the_long_ones():
     config = campaign.load(merged("config/h100.yaml", {"device": "cpu"}), ROOT)
     sched = next(
