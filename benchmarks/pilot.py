@@ -44,7 +44,7 @@ BOOST = BoostConfig(2.0, 0.15, 0.30)
 TEACHERS = {"dense": "teacher", "small": "small", "bigram": "bigram", "trigram": "trigram"}
 CONFIDENCE = 0.95
 RUN_COLUMNS = (
-    "block arm seed run_id status teacher teacher_ms steps train_time_ms final_val gain kd_step_share kd_overhead "
+    "block arm seed run_id status shared_device teacher teacher_ms steps train_time_ms final_val gain kd_step_share kd_overhead "
     "kd_share_first kd_share_mean"
 ).split()
 CURVE_COLUMNS = "block arm seed step tokens train_time_ms val_loss gain".split()
@@ -156,7 +156,8 @@ class Run:
     def __init__(self, folder: Path, arm: str, seed: int | None):
         self.block, self.arm, self.seed, self.run_id = folder.parent.name, arm, seed, folder.name
         self.config = json.loads((folder / "config.json").read_text())
-        self.status = json.loads((folder / "status.json").read_text())["status"]
+        status = json.loads((folder / "status.json").read_text())
+        self.status, self.shared_device = status["status"], status["shared_device"]  # with another run: no times
         (self.summary,) = read_rows(folder / "summary.csv")
         self.steps, self.vals = read_rows(folder / "steps.csv"), read_rows(folder / "val.csv")
         ends = [0.0, *(float(row["train_time_ms"]) for row in self.steps)]
@@ -167,6 +168,11 @@ class Run:
     @property
     def active(self) -> list[bool]:
         return [row["kd_active"] == "1" for row in self.steps]
+
+    @property
+    def timed(self) -> bool:
+        """Whether its times compare with its control's: each had the device to itself."""
+        return self.control is not None and not (self.shared_device or self.control.shared_device)
 
     @property
     def gain(self) -> float | None:
@@ -187,7 +193,7 @@ class Run:
 
         The first step of either is left out: it waits for what the warm-up left.
         """
-        if self.control is None or not any(self.active):
+        if not self.timed or not any(self.active):
             return None
         rows = list(zip(self.step_ms, self.control.step_ms, self.active))[1:]
         return statistics.median(kd / plain for kd, plain, on in rows if on)
@@ -235,7 +241,7 @@ def tables(out: Path) -> None:
 
 
 def run_row(run: Run) -> dict:
-    row = {name: getattr(run, name) for name in ("block", "arm", "seed", "run_id", "status", "gain")}
+    row = {name: getattr(run, name) for name in ("block", "arm", "seed", "run_id", "status", "shared_device", "gain")}
     row |= {name: run.summary.get(name) for name in ("steps", "train_time_ms", "final_val")}
     if run.teacher is None:
         return row
@@ -315,15 +321,20 @@ def pair_rows(runs: list[Run]) -> list[dict]:
 
 
 def saved(run: Run, target: float) -> dict:
-    """Nothing where CE never meets the target; no saving where this run doesn't."""
+    """Nothing where CE never meets the target; no saving where this run doesn't; no times of runs that shared a GPU."""
     ce, mine, theirs = run.control, run.crossing(target), run.control.crossing(target)
     if theirs is None:
         return {}
+    row = {"ce_steps": theirs["step"]}
+    if mine is not None:
+        row |= {"kd_steps": mine["step"], "steps_saved": theirs["step"] - mine["step"]}
+        row["tokens_saved"] = theirs["tokens"] - mine["tokens"]
+    if not run.timed:
+        return row
     at = ce.step_ms[min(len(ce.step_ms) - 1, int(theirs["step"]))]
     extra = sum(kd - plain for kd, plain, on in zip(run.step_ms, ce.step_ms, run.active) if on)
     teacher_ms = float(run.teacher.summary["train_time_ms"])
-    row = {
-        "ce_steps": theirs["step"],
+    row |= {
         "ce_ms": theirs["train_time_ms"],
         "teacher_over_ce": teacher_ms / theirs["train_time_ms"],
         "steps_saved_needed": extra / at,
@@ -333,9 +344,6 @@ def saved(run: Run, target: float) -> dict:
         return row
     with_teacher = mine["train_time_ms"] + teacher_ms
     return row | {
-        "kd_steps": mine["step"],
-        "steps_saved": theirs["step"] - mine["step"],
-        "tokens_saved": theirs["tokens"] - mine["tokens"],
         "kd_ms": mine["train_time_ms"],
         "kd_ms_with_teacher": with_teacher,
         "time_saved_ms": theirs["train_time_ms"] - mine["train_time_ms"],
