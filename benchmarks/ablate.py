@@ -47,6 +47,8 @@ PARTS: dict[str, dict[str, object]] = {  # what switches it off
     "backout": {"student.backout": []},
     "attention gate": {"student.attention_gate": False},
     "key offset": {"student.key_offset": False},
+    "QK-norm": {"student.qk_norm": False},
+    "half-truncated rotary, and the key offset": {"student.half_rotary": False, "student.key_offset": False},
     "paired heads": {"student.paired_layers": []},
     "layer without attention": {"student.attention_free_layers": []},
     "x0 and residual factors": {"student.x0": False},

@@ -97,6 +97,8 @@ class ModelConfig:
     smear: bool  # a gate to the embedding of the token before
     qkvo_factors: bool  # learned factors of the attention's weights
     yarn: bool  # stretch the rotary frequencies when the long window changes
+    qk_norm: bool = True  # queries and keys are brought to a root mean square of 1
+    half_rotary: bool = True  # half of a head's dimensions don't rotate; false: all do
 
     def __post_init__(self) -> None:
         require(self.num_layers >= 1, "num_layers", self.num_layers, "1 or more")
@@ -123,6 +125,8 @@ class ModelConfig:
         ordered = self.skip == () or (len(self.skip) == 2 and self.skip[0] < self.skip[1])
         require(ordered, "skip", self.skip, "[] or [from, to], from a layer to a later one")
         require(len(self.backout) <= 1, "backout", self.backout, "[] or one layer")
+        fits = self.half_rotary or not self.key_offset
+        require(fits, "key_offset", True, "false with half_rotary: false, under which no dimension is left for it")
 
     @property
     def dim(self) -> int:
@@ -437,9 +441,7 @@ class RunConfig:
     deterministic: bool = False  # on a GPU, where it takes time; a CPU's runs are in any case
 
     def to_dict(self) -> dict:
-        """Without `deterministic` where it is false: runs from before it keep their ids."""
-        values = dataclasses.asdict(self)
-        return values if self.deterministic else {k: v for k, v in values.items() if k != "deterministic"}
+        return plain(self)
 
     def canonical(self) -> str:
         """The JSON text that the id is a hash of: sorted keys, no NaN, floats in repr form."""
@@ -464,6 +466,16 @@ class RunConfig:
     @classmethod
     def from_dict(cls, values: dict) -> RunConfig:
         return build(cls, values)
+
+
+def plain(value):
+    """As `dataclasses.asdict`, without fields at their default: what was before such a field keeps its id."""
+    if isinstance(value, tuple):
+        return tuple(map(plain, value))
+    if not dataclasses.is_dataclass(value):
+        return value
+    there = [(f, getattr(value, f.name)) for f in dataclasses.fields(value)]
+    return {f.name: plain(found) for f, found in there if found != f.default}
 
 
 def canonical_json(value) -> str:

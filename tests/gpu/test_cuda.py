@@ -454,9 +454,6 @@ def any_order_afterwards():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.xfail(
-    run=False, reason="with torch_varlen on an H200, torch 2.11, it did not end in six minutes; docs/LOG.md"
-)
 def test_deterministic_runs_are_equal_to_the_bit(backend, manifest, tmp_path, any_order_afterwards):
     torch.compiler.reset()
     attention_config = AttentionConfig(backend, False)
