@@ -16,11 +16,12 @@ FILES = ["run", "test", "envs/setup.sh", "requirements.txt", "requirements-dev.t
 
 # Stands for the base Python and, once `-m venv` copied it there, for .venv/bin/python.
 STUB = r"""#!/usr/bin/env bash
-[[ $1 == -m && $2 != venv ]] && echo "${*:2}" >>calls
+[[ $1 == -m && $2 != venv && $2 != kdclimb.configfiles ]] && echo "${*:2}" >>calls
 case "$1 $2" in
   *version_info*) echo "${STUB_VERSION:-3.11}" ;;
   *'version("torch")'*) echo 2.13.0+cpu ;;
   "-m venv") echo venv >>calls && mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  "-m kdclimb.configfiles") if grep -q __use_yte__ "${@:3}"; then exit 1; fi ;;
   "-m pip") while [[ -e hold-pip ]]; do sleep 0.02; done ;;
   "-m snakemake")
     if [[ $* == *--unlock* ]]; then rm -r .snakemake/locks; exit; fi
@@ -178,6 +179,13 @@ def test_missing_config_file_is_named(project):
     code, lines = project.run("--configfile", "config/other.yaml")
     assert code == 1
     assert "no config file config/other.yaml" in lines[-1]
+
+
+def test_a_config_file_that_is_refused_never_reaches_snakemake(project):
+    project.write("a.yaml", "__use_yte__: true\n")
+    for arguments in (["--configfile", "a.yaml"], ["-n", "--configfile=a.yaml"]):
+        assert project.run(*arguments)[0] == 1
+    assert project.calls() == []
 
 
 # ---- arguments ----------------------------------------------------------------------------------
