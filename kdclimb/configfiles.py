@@ -15,9 +15,9 @@ from pathlib import Path
 
 import yaml
 
-from kdclimb.campaign import schema_path
 from kdclimb.config import ConfigError
 
+DEFAULTS = Path(__file__).resolve().parent.parent / "config/config.yaml"
 LARGEST = 2**20  # bytes of a file
 MOST_VALUES = 100_000  # in a file, once its aliases are written out
 MOST_DIGITS = 100  # of a number; Python refuses to print one of thousands
@@ -31,7 +31,7 @@ def read_config(overlays: Iterable[Path]) -> dict:
     over: dict = {}  # Snakemake merges the overlays with each other first
     for path in overlays:
         over = merge(over, read_file(path))
-    return merge(read_file(schema_path().with_name("config.yaml")), over)
+    return merge(read_file(DEFAULTS), over)
 
 
 def merge(config, over: dict) -> dict:
