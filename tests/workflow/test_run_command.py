@@ -24,7 +24,7 @@ case "$1 $2" in
   "-m kdclimb.configfiles") if grep -q __use_yte__ "${@:3}"; then exit 1; fi ;;
   "-m pip") while [[ -e hold-pip ]]; do sleep 0.02; done ;;
   "-m snakemake")
-    if [[ $* == *--unlock* ]]; then rm -r .snakemake/locks; exit; fi
+    if [[ $* == *--unlock* ]]; then while [[ -e hold-unlock ]]; do sleep 0.02; done; rm -r .snakemake/locks; exit; fi
     if [[ -e snakemake.py ]]; then exec "$REAL_PYTHON" snakemake.py; fi
     exit "${STUB_EXIT:-0}"
     ;;
@@ -287,6 +287,21 @@ def test_kill_9_frees_the_lock_though_jobs_live_on(project):
     finally:
         os.kill(job, signal.SIGKILL)
     assert second.wait(timeout=30) == 0
+
+
+def test_what_a_killed_start_left_in_the_lock_is_waited_for(project):
+    project.write(".snakemake/locks/0.output.lock")
+    held = project.write("hold-unlock")
+    first = project.start()
+    until(lambda: project.calls("snakemake --unlock"), "the unlocking")
+    first.kill()
+    first.wait()
+    second = project.start()
+    line = next(line for line in second.stdout if "campaign" not in line)
+    assert line == f"kdclimb: waiting for what a killed ./run (process {first.pid}) left to end\n"
+    held.unlink()
+    output, _ = second.communicate(timeout=30)
+    assert second.returncode == 0, output
 
 
 @pytest.mark.parametrize("how", ["program", "module", "script"])
