@@ -29,8 +29,8 @@ from kdclimb import campaign, expansion
 from kdclimb.artifacts import write_csv
 from kdclimb.attention import choose_backend
 from kdclimb.config import ADAM_KINDS, RunConfig
+from kdclimb.configfiles import merge, read_config
 from kdclimb.data import Dataset
-from kdclimb.explain import merge, read_config
 from kdclimb.train import Diverged, Trainer, fix_order
 
 COLUMNS = "part keys seed step val_loss train_s run_id".split()

@@ -31,7 +31,7 @@ from benchmarks.common import read_rows
 from kdclimb import campaign, count_ngrams, expansion
 from kdclimb.artifacts import write_csv, write_json
 from kdclimb.config import BoostConfig, RunConfig
-from kdclimb.explain import read_config
+from kdclimb.configfiles import read_config
 from kdclimb.prepare import prepare
 from kdclimb.run import run as train
 from kdclimb.sections import Campaign
