@@ -7,6 +7,7 @@ the config's own files and what kdclimb.sources looks up: the Snakefile calls th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -44,14 +45,18 @@ def schema_path() -> Path:
     return Path(__file__).resolve().parent.parent / "config" / "schema.yaml"
 
 
+@functools.cache  # a tenth of a second
+def schema() -> dict:
+    return yaml.safe_load(schema_path().read_text())
+
+
 def load(config: dict, root: Path) -> Campaign:
     """Validate the merged config against the schema, the dataclasses, the shapes and the locks.
 
     Raises ConfigError that names the key, the value and what is allowed. `root` is the project
     folder that paths in the config start from. `device: auto` is resolved here.
     """
-    schema = yaml.safe_load(schema_path().read_text())
-    errors = jsonschema.Draft202012Validator(schema).iter_errors(config)
+    errors = jsonschema.Draft202012Validator(schema()).iter_errors(config)
     for error in sorted(errors, key=lambda e: (len(e.absolute_path), str(e.absolute_path))):
         raise ConfigError(_explain(error))
     campaign = build(Campaign, config)

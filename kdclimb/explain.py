@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from kdclimb.campaign import schema_path
+from kdclimb.campaign import schema, schema_path
 from kdclimb.config import ConfigError
 
 LONGEST_DEFAULT = 60  # characters in a cell; a longer one is read more easily where it is set
@@ -75,8 +75,7 @@ class Key:
 
 def all_keys() -> list[Key]:
     """All keys in the schema's order, a section before what it holds."""
-    schema = yaml.safe_load(schema_path().read_text())
-    return list(_walk(schema, "", schema["$defs"]))
+    return list(_walk(schema(), "", schema()["$defs"]))
 
 
 def _walk(spec: dict, prefix: str, definitions: dict) -> Iterable[Key]:

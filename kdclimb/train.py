@@ -45,7 +45,10 @@ def fix_order(config: RunConfig) -> None:
     torch's operators do then, or raise, and our own ask torch. To be called before the process first uses the GPU.
     """
     on_cpu = config.device == "cpu"
-    torch.use_deterministic_algorithms(on_cpu or config.deterministic)
+    if on_cpu:
+        torch.set_deterministic_debug_mode("error")  # the same without importing the compiler, a second and a half
+    else:
+        torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one of the two that torch accepts then
     torch.utils.deterministic.fill_uninitialized_memory = on_cpu  # no order's part, and a GPU's logits are gigabytes

@@ -368,7 +368,7 @@ def test_second_start_calls_no_pip(bare):
 def test_tests_add_to_what_runs_need(project):
     assert project.run(script="test")[0] == 0
     assert [call.split()[-3:] for call in project.calls("pip")] == [["--require-hashes", "-r", "envs/locked-dev.txt"]]
-    assert project.calls("pytest") == ["pytest -m not gpu -n 2"]
+    assert project.calls("pytest") == ["pytest -m not gpu -n 3"]
     code, lines = project.run("-m", "gpu", "-x", script="test")
     assert code == 0
     assert lines[0] == f"kdclimb: tests on cpu ({cores()})"
