@@ -190,7 +190,7 @@ def test_points_share_a_job_and_trained_ones_come_back(changed):
     output = changed.run("results/tiny/kd/screen.csv", *arguments)
     assert jobs(output).count("train_batch") == 2 and "train" not in jobs(output)
     assert {name: n for name, n in changed.attempts().items() if "-50-t3-" not in name} == before
-    batches = [rows(file) for file in sorted(changed.path.glob("results/tiny/kd/batches/*.csv"))]
+    batches = [rows(file) for file in sorted(changed.path.glob("results/tiny/batches/*.csv"))]
     assert [[r["status"] for r in batch] for batch in batches] == [["ok", "ok"], ["ok"]]
     screened = {r["run_id"] for r in rows(changed.path / "results/tiny/kd/screen.csv")}
     assert {r["run_id"] for batch in batches for r in batch} == screened and len(screened) == 3
