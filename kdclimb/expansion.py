@@ -96,12 +96,13 @@ def shared_jobs(campaign: Campaign, runs: list[Run]) -> dict[str, list[Run]]:
     """{STAGE-NofM: runs} of the jobs that train several of `runs`, one after the other. Pure.
 
     The runs of a stage are dealt out in turn, so that its jobs take about as long. A run of several arms is in the
-    job of the first; one in no job has its own.
+    job of the first; one in no job has its own. So have teachers: others train from their weights, and Snakemake knows
+    what a file was made from only where a job of its own made it.
     """
     stages: dict[str, list[Run]] = {}
     seen: set[str] = set()
     for run in runs:
-        if run.run_id not in seen:
+        if run.run_id not in seen and run.arm != "teacher":
             stages.setdefault(_stage(run.arm), []).append(run)
             seen.add(run.run_id)
     jobs = {}
