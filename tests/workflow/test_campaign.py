@@ -199,6 +199,35 @@ def test_points_share_a_job_and_trained_ones_come_back(changed):
     assert jobs(changed.run("-n", "results/tiny/kd/screen.csv", *arguments)).count("train_batch") == 1
 
 
+def test_runs_of_a_stage_share_a_job_and_the_tables_are_those_of_runs_alone(finished, checkout):
+    arguments = overlay(checkout, "shared", cluster={"tokens_per_job": 1_000_000})
+    output = checkout.run(*arguments)
+    made = jobs(output)
+    stages = "ce control_boost controls isolate kd probe screen".split()
+    batches = sorted(checkout.path.glob("results/tiny/batches/*.csv"))
+    assert [file.stem for file in batches] == [f"{stage}-1of1" for stage in stages]
+    assert (
+        made.count("train_batch") == len(stages) and made.count("train") == 2 + 1
+    )  # teachers; CE's screen has but one
+    assert all(row["status"] == "ok" for file in batches for row in rows(file))
+    assert re.search(r"^ce-\S+: step 75/75 val_loss", output, flags=re.MULTILINE)  # as each run alone says
+    expected = finished.tables()
+    tables = {name: text for name, text in checkout.tables().items() if not name.startswith("batches/")}
+    assert tables.keys() == expected.keys()
+    assert [name for name in expected if tables[name] != expected[name]] == []
+    assert "Nothing to be done" in checkout.run("-n", *arguments)
+    (checkout.path / "results/tiny/batches/kd-1of1.csv").unlink()
+    again = jobs(checkout.run("results/tiny/batches/kd-1of1.csv", *arguments))
+    assert again == ["train_batch"] and set(checkout.attempts().values()) == {1}  # all came back, untouched
+    assert "Nothing to be done" in checkout.run("-n", *arguments)
+    (run_id,) = {row["run_id"] for row in rows(batches[0])[:1]}
+    subprocess.run([".venv/bin/python", "-m", "kdclimb", "retry", "--run", run_id], cwd=checkout.path, check=True)
+    alone = jobs(checkout.run(f"results/runs/{run_id}/status.json", *arguments))
+    assert alone == ["train"] and checkout.attempts()[run_id] == 1
+    checkout.run("results/tiny/ce/timing.csv", *arguments)
+    assert checkout.attempts()[run_id] == 1 and checkout.tables()["ce/timing.csv"] == expected["ce/timing.csv"]
+
+
 def test_a_thousand_points_are_planned(changed):
     grid = {"temperature": [1 + i / 10 for i in range(10)], "lr_boost": [1.1 + i / 10 for i in range(10)]}
     grid |= {"hold_frac": [0.1, 0.12, 0.14, 0.16, 0.18], "drop_frac": [0.3, 0.35]}
