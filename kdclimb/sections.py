@@ -46,6 +46,7 @@ class PathsSection:
 @dataclass(frozen=True)
 class ClusterSection:
     points_per_job: int
+    tokens_per_job: int
     compile_cache: str | None
 
 

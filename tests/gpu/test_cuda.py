@@ -56,12 +56,6 @@ def error(value, truth):
     return (value.double() - truth).norm() / truth.norm()
 
 
-def unpadded(starts, total):
-    """Documents whose boundaries are not padded: for the reference empty ones would cost as much as full ones."""
-    bounds = torch.tensor([*starts, total], dtype=torch.int32)
-    return Documents(bounds.cuda(), int(bounds.diff().max()), total)
-
-
 @pytest.fixture(params=["flash_attn_4", "flash_attn_3", "flash_attn_2", "torch_varlen"])
 def backend(request):
     if reason := why_not(request.param, "cuda"):
@@ -77,8 +71,7 @@ def test_flash_attention_against_float64(backend, starts, window):
 
     def run_as(dtype, backend):
         inputs = [t.to(dtype).requires_grad_() for t in (q, k, v)]
-        documents = unpadded(starts, 2048) if backend == "reference" else Documents.of(starts, 2048, "cuda", 2048)
-        out = attention(*inputs, documents, Span.of(window, 0.1), backend)
+        out = attention(*inputs, Documents.of(starts, 2048, "cuda", 2048), Span.of(window, 0.1), backend)
         return [out, *torch.autograd.grad(out, inputs, upstream.to(dtype))]
 
     truth = run_as(torch.float64, "reference")
@@ -141,8 +134,6 @@ def test_compiled_model_against_float64_without_waiting_and_without_new_graphs(b
 
     def gradients(model, windows, longs):
         documents = Documents.of(starts, total, "cuda", total)
-        if model.backend == "reference":
-            documents = unpadded(starts, total)
         model.set_windows(windows, longs)
         model.zero_grad()
         hidden = model(tokens, documents)
@@ -265,7 +256,7 @@ def test_a_teachers_layers_in_fp8_are_near_float64_and_wait_for_nothing(backend)
         p.add_(0.1 * torch.randn_like(p))
     exact.load_state_dict(ours.state_dict())
     documents = Documents.of(starts, total, "cuda", total)
-    truth = exact(tokens, unpadded(starts, total))
+    truth = exact(tokens, documents)
     plain = error(ours(tokens, documents), truth)
     in_dtype(ours, "fp8")
     rounded = error(ours(tokens, documents), truth)
