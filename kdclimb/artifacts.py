@@ -278,9 +278,10 @@ class RunFolder:
             print(f"{self.path.name}: {error}", file=sys.stderr)
             return False
         for name in ARTIFACTS:
-            target = self.path / name
-            shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-            link(kept / name, target)
+            source, target = kept / name, self.path / name
+            if not _is_linked(source, target):  # else what was made from it would look older than it is
+                shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+                link(source, target)
         if (kept / LOG).is_file():
             write_via(self.path / LOG, lambda temporary: shutil.copyfile(kept / LOG, temporary))
         sync(self.path)
@@ -319,6 +320,14 @@ def link(source: Path, target: Path) -> None:
         sync(target)
     else:
         os.link(source, target)
+
+
+def _is_linked(source: Path, target: Path) -> bool:
+    """Whether `link` made `target` of `source`, and nothing has replaced it since."""
+    if source.is_dir() and target.is_dir():
+        names = {child.name for child in (*source.iterdir(), *target.iterdir())}
+        return all(_is_linked(source / name, target / name) for name in names)
+    return source.exists() and target.exists() and source.samefile(target)
 
 
 class DeviceLease:

@@ -1,8 +1,8 @@
 """Causal attention over packed documents, with sliding windows, behind one function.
 
 Every backend takes q, k, v of shape (T, H, D) for T packed tokens and the documents' boundaries; no token sees another
-document, nor one that lies more than the window before it. "reference" runs on any device: it pads the documents into
-a batch for torch's SDPA. The others are flash attention on a GPU (docs/ATTENTION.md): the packages flash-attn 4, 3 and
+document, nor one that lies more than the window before it. "reference" runs on any device: torch's SDPA on one document
+after the other. The others are flash attention on a GPU (docs/ATTENTION.md): the packages flash-attn 4, 3 and
 2, where they are installed, and "torch_varlen", which is in torch itself.
 """
 
@@ -55,18 +55,16 @@ class Documents:
     ) -> Documents:
         """The same with a power of 2 of documents, some empty, and `max_len` as given: few shapes for compiled code.
 
-        Empty documents cost a GPU's kernels next to nothing, and the reference as much as full ones.
+        Empty documents cost next to nothing.
         """
         slots = 1 << max(7, max(len(starts), room).bit_length())
         bounds = [*starts, total] + [total] * (slots - len(starts))
         return cls(to_device(torch.tensor(bounds, dtype=torch.int32), device), longest, total)
 
     @cached_property
-    def slots(self) -> Tensor:
-        """(T,) int64: each token's place in a padded (N, max_len) batch."""
-        bounds = self.cu_seqlens.long()
-        row = torch.repeat_interleave(torch.arange(len(bounds) - 1, device=bounds.device), bounds.diff())
-        return row * self.max_len + torch.arange(self.total, device=bounds.device) - bounds[row]
+    def lengths(self) -> list[int]:
+        """Tokens of each document, without the empty ones; to read them waits for the device."""
+        return [length for length in self.cu_seqlens.diff().tolist() if length]
 
     @cached_property
     def doubled(self) -> Documents:
@@ -149,27 +147,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, span: Span,
     ValueError: no such backend.
     """
     if backend == "reference":
-        return _padded(q, k, v, documents, span.window.item(), span.scale.item())
+        return _by_document(q, k, v, documents, span.window.item(), span.scale.item())
     if backend not in (*MODULES, "torch_varlen"):
         raise ValueError(f"attention backend: {backend!r} is not allowed")
     return _varlen(q, k, v, documents.cu_seqlens, documents.max_len, span.window, span.scale, backend)[0]
 
 
-def _padded(q, k, v, documents, window, scale):
-    max_len, slots = documents.max_len, documents.slots
-    num_docs = len(documents.cu_seqlens) - 1
-
-    def pad(x):  # padding comes last in each document, so the causal mask hides it from every real token
-        empty = x.new_zeros(num_docs * max_len, *x.shape[1:])
-        return empty.index_copy(0, slots, x).view(num_docs, max_len, *x.shape[1:]).transpose(1, 2)
-
-    options = {"is_causal": True}
-    if 0 <= window < max_len - 1:
-        place = torch.arange(max_len, device=q.device)
-        distance = place[:, None] - place
-        options = {"attn_mask": (distance >= 0) & (distance <= window)}
-    out = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), scale=scale, **options)
-    return out.transpose(1, 2).reshape(num_docs * max_len, *q.shape[1:]).index_select(0, slots)
+def _by_document(q, k, v, documents, window, scale):
+    """One document after the other: on a CPU less than what a batch of documents padded to the longest costs."""
+    heads = (x.transpose(0, 1)[None].split(documents.lengths, dim=2) for x in (q, k, v))
+    out = []
+    for parts in zip(*heads, strict=True):
+        options, place = {"is_causal": True}, torch.arange(parts[0].shape[2], device=q.device)
+        if 0 <= window < len(place) - 1:
+            distance = place[:, None] - place
+            options = {"attn_mask": (distance >= 0) & (distance <= window)}
+        out.append(F.scaled_dot_product_attention(*parts, scale=scale, **options)[0].transpose(0, 1))
+    return torch.cat(out)
 
 
 # ---- flash attention, as one operator whose window and scale are no part of the graph -----------------------------

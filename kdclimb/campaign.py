@@ -27,6 +27,7 @@ from kdclimb.config import (
     canonical_json,
     require,
     short_hash,
+    shown,
 )
 from kdclimb.expansion import expand, extended
 from kdclimb.imported import COMMAND, read_config
@@ -67,9 +68,6 @@ def load(config: dict, root: Path) -> Campaign:
     if campaign.device == "auto":
         campaign = dataclasses.replace(campaign, device=detect_device())
     _check_fp8(campaign)
-    fixed = campaign.train.deterministic
-    unproven = "false with device: cuda, where its first test did not come to an end (docs/LOG.md, 2026-11-29)"
-    require(not fixed or campaign.device == "cpu", "train.deterministic", fixed, unproven)
     return campaign
 
 
@@ -87,15 +85,14 @@ def _explain(error: jsonschema.ValidationError) -> str:
     key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in error.absolute_path).lstrip(".")
     if error.validator == "additionalProperties":
         known = error.schema["properties"]
-        unknown = sorted(set(error.instance) - set(known))
+        unknown = sorted(str(name) for name in error.instance if name not in known)
         where = f"{key}.{unknown[0]}" if key else unknown[0]
         return f"{where}: unknown key; allowed here: {', '.join(sorted(known))}"
     if error.validator == "required":
         return f"{key}: {error.message}"
     if error.validator == "type" and isinstance(error.validator_value, list):
-        return (
-            f"{key}: {error.instance!r} is not allowed; allowed: a value of type {' or '.join(error.validator_value)}"
-        )
+        types = " or ".join(error.validator_value)
+        return f"{key}: {shown(error.instance)} is not allowed; allowed: a value of type {types}"
     allowed = {
         "type": "a value of type {}",
         "enum": "one of {}",
@@ -103,7 +100,7 @@ def _explain(error: jsonschema.ValidationError) -> str:
         "pattern": "text matching {}",
     }
     text = allowed.get(error.validator, error.validator + " {}").format(error.validator_value)
-    return f"{key}: {error.instance!r} is not allowed; allowed: {text}"
+    return f"{key}: {shown(error.instance)} is not allowed; allowed: {text}"
 
 
 def detect_device() -> str:

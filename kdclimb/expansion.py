@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,9 +24,10 @@ from kdclimb.config import (
     RunConfig,
     ScheduleConfig,
 )
-from kdclimb.schedule import kd_tokens
+from kdclimb.schedule import kd_tokens, total_tokens
 from kdclimb.sections import Campaign, Candidate, CEGridSection, GridSection, KDSection
 
+MOST_RUNS = 24  # of a job: their configs are one argument of its command, which Linux ends at 128 KiB
 LAYER_LISTS = ("long_layers", "attention_free_layers", "paired_layers", "value_layers", "skip", "backout")
 
 
@@ -88,6 +90,44 @@ def tables(campaign: Campaign, data: str = "unprepared") -> list[Run]:
 def extended(campaign: Campaign, selected: dict, data: str = "unprepared") -> list[Run]:
     """CE with as many more steps as the teacher's time would give, `selected` being the teacher's decision. Pure."""
     return Expansion(campaign, data).extended(selected)
+
+
+def shared_jobs(campaign: Campaign, runs: list[Run]) -> dict[str, list[Run]]:
+    """{STAGE-NofM: runs} of the jobs that train several of `runs`, one after the other. Pure.
+
+    The runs of a stage are dealt out in turn, so that its jobs take about as long. A run of several arms is in the
+    job of the first; one in no job has its own. So have teachers: others train from their weights, and Snakemake knows
+    what a file was made from only where a job of its own made it.
+    """
+    stages: dict[str, list[Run]] = {}
+    seen: set[str] = set()
+    for run in runs:
+        if run.run_id not in seen and run.arm != "teacher":
+            stages.setdefault(_stage(run.arm), []).append(run)
+            seen.add(run.run_id)
+    jobs = {}
+    for stage, members in stages.items():
+        short, count = _short(campaign, stage, members)
+        jobs |= {f"{stage}-{i + 1}of{count}": short[i::count] for i in range(count)}
+    return jobs
+
+
+def _stage(arm: str) -> str:
+    """The arms that share jobs with this one. CE with KD's LR policy waits for the KD runs; other controls don't."""
+    return "controls" if arm.startswith("control_") and arm != "control_boost" else arm
+
+
+def _short(campaign: Campaign, stage: str, runs: list[Run]) -> tuple[list[Run], int]:
+    """Those of a stage's runs that share jobs, and how many jobs."""
+    points, most = campaign.cluster.points_per_job, campaign.cluster.tokens_per_job
+    if stage == "screen" and points > 1:
+        return runs, math.ceil(len(runs) / points)
+    tokens = {run.run_id: total_tokens(run.config.schedule, run.config.schedule.stop_step) for run in runs}
+    short = [run for run in runs if tokens[run.run_id] <= most]
+    if len(short) < 2:
+        return [], 0
+    whole = sum(tokens[run.run_id] for run in short)
+    return short, max(math.ceil(whole / most), math.ceil(len(short) / MOST_RUNS))
 
 
 @dataclass(frozen=True)

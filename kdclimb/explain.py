@@ -256,37 +256,3 @@ def value(config, name: str):
     if head.endswith("[]"):
         return [value(entry, rest) for entry in found] if isinstance(found, list) else None
     return value(found, rest)
-
-
-# ---- reading configs ----------------------------------------------------------------------------
-
-
-def read_config(overlays: Iterable[Path]) -> dict:
-    """config/config.yaml with overlays merged over it as Snakemake merges them; nothing is validated.
-
-    Raises ConfigError that names a file which can't be read, is not YAML or has no keys at its top level.
-    """
-    over: dict = {}  # Snakemake merges the overlays with each other first
-    for path in overlays:
-        over = merge(over, _read(path))
-    return merge(_read(schema_path().with_name("config.yaml")), over)
-
-
-def _read(path: Path) -> dict:
-    try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: holds no keys at its top level")
-    return config
-
-
-def merge(config, over: dict) -> dict:
-    """A new dict: `config` with `over` on top, sections key by key, all else replaced."""
-    merged = dict(config) if isinstance(config, dict) else {}
-    for key, new in over.items():
-        merged[key] = merge(merged.get(key, {}), new) if isinstance(new, dict) else new
-    return merged

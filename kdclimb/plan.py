@@ -18,7 +18,7 @@ from kdclimb.analysis.budget import is_shared
 from kdclimb.analysis.tables import AnalysisError, RunFolder, read_csv, show_ms
 from kdclimb.campaign import check_tokens, data_id, read_decisions, token_needs, token_supply
 from kdclimb.config import RunConfig
-from kdclimb.expansion import Run, ce_points, expand, grid_points
+from kdclimb.expansion import Run, ce_points, expand, grid_points, shared_jobs
 from kdclimb.provenance import device_kind
 from kdclimb.schedule import total_tokens
 from kdclimb.sections import Campaign
@@ -120,7 +120,7 @@ def on_cluster(campaign: Campaign, root: Path, results: Path, width: int) -> str
         open_ = _distinct(r for r in [*planned.named, *planned.later] if r.arm in arms and r.run_id not in finished)
         if not open_:
             continue
-        jobs = _jobs(open_, campaign.cluster.points_per_job)
+        jobs = _jobs(campaign, open_)
         hours = [timing.hours(ids) for ids in jobs]
         name = ", ".join(dict.fromkeys(run.arm for run in open_.values())) + (" (at most)" if later & {*open_} else "")
         if None in hours:
@@ -138,12 +138,11 @@ def on_cluster(campaign: Campaign, root: Path, results: Path, width: int) -> str
     return "\n".join([*lines, unknown if math.isnan(total) else f"  All together: {total:,.2f} h."])
 
 
-def _jobs(runs: dict[str, Run], points_per_job: int) -> list[list[str]]:
+def _jobs(campaign: Campaign, runs: dict[str, Run]) -> list[list[str]]:
     """The runs' ids, job by job."""
-    points = [run_id for run_id, run in runs.items() if run.arm == "screen"]
-    count = math.ceil(len(points) / points_per_job)
-    rest = [[run_id] for run_id, run in runs.items() if run.arm != "screen"]
-    return rest + [points[i::count] for i in range(count)]
+    shared = [[run.run_id for run in job] for job in shared_jobs(campaign, [*runs.values()]).values()]
+    alone = runs.keys() - {run_id for job in shared for run_id in job}
+    return shared + [[run_id] for run_id in alone]
 
 
 # ---- what runs ----------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class PathsSection:
 @dataclass(frozen=True)
 class ClusterSection:
     points_per_job: int
+    tokens_per_job: int
     compile_cache: str | None
 
 
@@ -68,6 +69,8 @@ class StudentSection:
     untie_frac: float
     softcap: tuple[float, ...] | None
     attention_scale: float
+    qk_norm: bool
+    half_rotary: bool
     long_layers: tuple[int, ...]
     attention_free_layers: tuple[int, ...]
     paired_layers: tuple[int, ...]

@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: start it again and it goes on
 
 
@@ -20,7 +21,7 @@ class StopRequests:
     def __init__(self):
         self.signalled = False
         self.master = int(os.environ.get("KDCLIMB_MASTER", 0))
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, *_) -> None:

@@ -49,7 +49,7 @@ wildcard_constraints:
     run=rf"(?!{PREFIX}|{NGRAM_PREFIX})[A-Za-z0-9.-]+",
     cache=r"[a-z_]+-[0-9a-f]+",
     table=rf"{NGRAM_PREFIX}[A-Za-z0-9.-]+",
-    batch=r"\d+of\d+",
+    batch=r"[a-z_]+-\d+of\d+",
 
 
 def of_profile(name, otherwise):
@@ -72,8 +72,8 @@ RETRIES = 0 if not workflow.is_main_process else 1 if MINUTES is None else 3
 GPU_TYPE = of_profile("gpu_type", "default") if CAMPAIGN.device == "cuda" else "default"
 SIGNAL = of_profile("slurm_signal", "TERM@120")  # NAME@SECONDS, before a job's time limit
 LONGEST = max(run.tokens for run in campaigns.token_needs(CAMPAIGN).runs)
-# By decisions: the runs, their configs by id, and the batches; a wide campaign asks for each, and again. By the stamp of
-# the decisions' files: what they hold.
+# By decisions: the runs, their configs by id, the batches, and the batch of each run that is in one; a wide campaign
+# asks for each, and again. By the stamp of the decisions' files: what they hold.
 _expanded, _decided = {}, {}
 
 
@@ -86,8 +86,13 @@ def expand_runs():
     if key not in _expanded:
         decisions = json.loads(key)
         found = expansion.expand(CAMPAIGN, decisions, Path(DATA).name)
-        screened = {run.run_id: run.config for run in found if run.arm == "screen"}
-        _expanded[key] = found, {run.run_id: run.config for run in found}, batches(list(screened.values()))
+        shared = expansion.shared_jobs(CAMPAIGN, found)
+        _expanded[key] = (
+            found,
+            {run.run_id: run.config for run in found},
+            {batch: [run.config for run in members] for batch, members in shared.items()},
+            {run.run_id: batch for batch, members in shared.items() for run in members},
+        )
         if MINUTES is not None and workflow.is_main_process:
             print(plan_on_cluster(), file=sys.stderr)
     return _expanded[key]
@@ -114,17 +119,18 @@ def asked_run(wildcards):
     return found
 
 
-def batches(points):
-    """{NofM: configs} of a sweep whose points are trained several in one job, dealt out in turn."""
-    count = math.ceil(len(points) / CAMPAIGN.cluster.points_per_job)
-    return {f"{i + 1}of{count}": points[i::count] for i in range(count)}
-
-
 def asked_batch(wildcards):
+    """The configs of the runs that a job trains together."""
     found = expand_runs()[2].get(wildcards.batch)
     if found is None:
-        raise WorkflowError(f"{RESULTS}/kd/batches/{wildcards.batch}.csv: the KD screening has no such batch")
+        raise WorkflowError(f"{RESULTS}/batches/{wildcards.batch}.csv: campaign {CAMPAIGN.campaign} has no such batch")
     return found
+
+
+def made_by(run_id, file="status.json"):
+    """The file of a run to wait for, or that of the batch that it is in: Snakemake would train it alone for its own."""
+    batch = expand_runs()[3].get(run_id)
+    return f"{RESULTS}/batches/{batch}.csv" if batch else f"results/runs/{run_id}/{file}"
 
 
 def runtime(configs, attempt):
@@ -221,10 +227,8 @@ def summaries(*arms, after=None):
     def function(wildcards):
         ids = imported_runs(arms)  # first, so that a mistake stops everything before anything is trained
         decided = [decided_by(after)] if after else []
-        batched = [arm for arm in arms if arm == "screen" and CAMPAIGN.cluster.points_per_job > 1]
-        ids = [*(run.run_id for run in runs(*arms) if run.arm not in batched), *ids, *logged_runs(arms)]
-        done = [f"{RESULTS}/kd/batches/{batch}.csv" for batch in expand_runs()[2]] if batched else []
-        return [f"results/runs/{run_id}/status.json" for run_id in ids] + done + decided
+        ids = [*(run.run_id for run in runs(*arms)), *ids, *logged_runs(arms)]
+        return [*dict.fromkeys(map(made_by, ids)), *decided]
 
     return function
 
@@ -280,8 +284,14 @@ def of_isolates(wildcards):
     return teacher_checkpoints(*configs) + sorted({target_cache(config) for config in configs if target_cache(config)})
 
 
-def policy_run(config):
-    return [] if config.lr_policy is None else f"results/runs/{config.lr_policy.run}/summary.csv"
+def policy_runs(*configs):
+    """What to wait for where a run follows the LR policy of another."""
+    followed = dict.fromkeys(config.lr_policy.run for config in configs if config.lr_policy)
+    return [*dict.fromkeys(made_by(run_id, "summary.csv") for run_id in followed)]
+
+
+def policy_flag(config):
+    return f"--policy results/runs/{config.lr_policy.run}/summary.csv" if config.lr_policy else ""
 
 
 def train_code(run_id):
@@ -300,7 +310,7 @@ def compile_cache():
 
 def runs_of(failure):
     """The configs of the runs that a failed job was to train, as far as the decisions since then still name them."""
-    made, (_, by_id, batched) = Path(failure.made), expand_runs()
+    made, (_, by_id, batched, _) = Path(failure.made), expand_runs()
     one = [by_id[made.parent.name]] if made.parent.name in by_id else []
     return {"train": one, "train_batch": batched.get(made.stem, [])}.get(failure.rule, [])
 

@@ -7,7 +7,7 @@ rule train:
         manifest=f"{DATA}/manifest.json",
         teacher=lambda wildcards: teacher_checkpoints(asked_run(wildcards)),
         cache=lambda wildcards: target_cache(asked_run(wildcards)),
-        policy=lambda wildcards: policy_run(asked_run(wildcards)),
+        policy=lambda wildcards: policy_runs(asked_run(wildcards)),
     output:
         config="results/runs/{run}/config.json",
         steps="results/runs/{run}/steps.csv",
@@ -38,7 +38,7 @@ rule train:
         config=lambda wildcards: shlex.quote(asked_run(wildcards).canonical()),
         teacher=lambda wildcards, input: (f"--teacher {shlex.quote(str(input.teacher))}" if input.teacher else ""),
         cache=lambda wildcards, input: f"--cache {shlex.quote(str(input.cache))}" if input.cache else "",
-        policy=lambda wildcards, input: f"--policy {shlex.quote(str(input.policy))}" if input.policy else "",
+        policy=lambda wildcards: policy_flag(asked_run(wildcards)),
         code=lambda wildcards: train_code(wildcards.run),
     # exec: a signal to all processes of the job must find the trainer, and no shell that dies of it before.
     shell:
@@ -48,15 +48,16 @@ rule train:
         " --code {resources.code_policy} --attempt {resources.attempt} --attempts 2 {resources.mirror}"
 
 
-# Several points of the KD screening in one job. Their folders are those of `train`, which brings back a run from there
-# if it is asked for by name.
+# Several runs of a stage in one job. Their folders are those of `train`, which brings back a run from there if it is
+# asked for by name.
 rule train_batch:
     input:
         manifest=f"{DATA}/manifest.json",
         teacher=lambda wildcards: teacher_checkpoints(*asked_batch(wildcards)),
         caches=lambda wildcards: sorted({target_cache(c) for c in asked_batch(wildcards) if target_cache(c)}),
+        policies=lambda wildcards: policy_runs(*asked_batch(wildcards)),
     output:
-        f"{RESULTS}/kd/batches/{{batch}}.csv",
+        f"{RESULTS}/batches/{{batch}}.csv",
     log:
         f"{RESULTS}/logs/train_batch/{{batch}}.log",
     retries: RETRIES
@@ -77,6 +78,6 @@ rule train_batch:
         code=lambda wildcards: [train_code(config.run_id) for config in asked_batch(wildcards)],
     shell:
         "exec env {resources.compile_cache} python workflow/scripts/train_batch.py --configs {params.configs}"
-        " --manifest {input.manifest} --teacher {input.teacher} --threads {threads}"
+        " --manifest {input.manifest} --threads {threads}"
         " --code {resources.code_policy} --attempt {resources.attempt} --attempts 2 {resources.mirror}"
         " --out {output} --log {log}"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from scipy import optimize, stats
+import scipy  # its parts load where they are used: tables without statistics are a second sooner
 
 MIN_PAIRS = 3  # fewer have no interval: with two, t's reaches 13 standard errors to each side
 MOST_SEEDS = 1000  # that are worth naming
@@ -85,7 +85,7 @@ class Judged:
 def t_interval(logs: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
     """Two-sided t interval of the mean: (low, high), each (...)."""
     n = logs.shape[-1]
-    mean, half = logs.mean(-1), stats.t.ppf(0.5 + confidence / 2, n - 1) * logs.std(-1, ddof=1) / math.sqrt(n)
+    mean, half = logs.mean(-1), scipy.stats.t.ppf(0.5 + confidence / 2, n - 1) * logs.std(-1, ddof=1) / math.sqrt(n)
     return mean - half, mean + half
 
 
@@ -94,7 +94,7 @@ def t_below(logs: np.ndarray) -> np.ndarray:
     mean, error = logs.mean(-1), logs.std(-1, ddof=1) / math.sqrt(logs.shape[-1])
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.where(mean == 0, 0.0, mean / error)
-    return stats.t.cdf(t, logs.shape[-1] - 1)
+    return scipy.stats.t.cdf(t, logs.shape[-1] - 1)
 
 
 def median_interval(low: np.ndarray, high: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray] | None:
@@ -104,14 +104,14 @@ def median_interval(low: np.ndarray, high: np.ndarray, confidence: float) -> tup
     whatever the distribution (David & Nagaraja, Order Statistics, 7.1).
     """
     n = low.shape[-1]
-    rank = int(stats.binom.ppf((1 - confidence) / 2, n, 0.5))  # of the lower limit, from 1
+    rank = int(scipy.stats.binom.ppf((1 - confidence) / 2, n, 0.5))  # of the lower limit, from 1
     return None if rank < 1 else (np.sort(low, -1)[..., rank - 1], np.sort(high, -1)[..., n - rank])
 
 
 def sign_below(high: np.ndarray) -> np.ndarray:
     """One-sided p (...) of the sign test that the median is below 0; what is surely below (`high` < 0) counts."""
     n = high.shape[-1]
-    return stats.binom.sf((high < 0).sum(-1) - 1, n, 0.5)
+    return scipy.stats.binom.sf((high < 0).sum(-1) - 1, n, 0.5)
 
 
 def judge(pairs: list[Pair], rules: Rules) -> Judged:
@@ -169,12 +169,12 @@ def signs_needed(p_value: float) -> int:
 @cache
 def detectable(n: int, p_value: float, power: float) -> float:
     """Smallest mean, in standard deviations, that a one-sided t test of n pairs shows with this power; noncentral t."""
-    df, critical = n - 1, stats.t.isf(p_value, n - 1)
+    df, critical = n - 1, scipy.stats.t.isf(p_value, n - 1)
 
     def missing(shift: float) -> float:
-        return stats.nct.sf(critical, df, shift) - power
+        return scipy.stats.nct.sf(critical, df, shift) - power
 
-    return float(optimize.brentq(missing, 0.0, 20.0 * critical)) / math.sqrt(n)
+    return float(scipy.optimize.brentq(missing, 0.0, 20.0 * critical)) / math.sqrt(n)
 
 
 def smallest_effect(spread: float, n: int, rules: Rules) -> float:

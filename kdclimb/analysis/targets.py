@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from scipy.optimize import isotonic_regression
+import scipy
 
 from kdclimb.analysis.paired import FAILED, UNKNOWN, Seen, beyond, within
 from kdclimb.analysis.tables import RUN_COLUMNS, RunFolder, read_json, write_csv, write_json
@@ -181,7 +181,7 @@ def shortest_horizon(horizons: list[float], losses: list[float], value: float) -
 
     They are equal where it lies among the horizons. Monotone by isotonic regression, linear in the log of the horizon.
     """
-    fitted = isotonic_regression(losses, increasing=False).x
+    fitted = scipy.optimize.isotonic_regression(losses, increasing=False).x
     after = int((fitted > value).sum())  # the losses fall: index of the first that meets the target
     if after == len(horizons):
         return beyond(float(horizons[-1]))

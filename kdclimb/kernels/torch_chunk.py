@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdclimb.kernels.reference import cap
-from kdclimb.kernels.targets import Problem
+from kdclimb.kernels.targets import Problem, Softcap
 
 
 class TorchChunks:
@@ -20,8 +19,11 @@ class TorchChunks:
         problem, labels = self.problem, self.problem.labels
         self.rows = rows
         self.ids, self.weights = labels.ids[rows], labels.weights[rows].to(self.wide)
-        self.z = cap((problem.hidden[rows] @ problem.head.T).to(self.wide), problem.softcap)
-        self.log_norm = torch.logsumexp(self.z, dim=-1, keepdim=True)
+        self.z = _cap((problem.hidden[rows] @ problem.head.T).to(self.wide), problem.softcap)
+        largest = self.z.amax(dim=-1, keepdim=True)
+        self.shifted = (self.z - largest).exp_()  # kept, as the exponential is what a chunk costs most beside products
+        self.total = self.shifted.sum(dim=-1, keepdim=True)
+        self.log_norm = largest + self.total.log()
         self.kept = labels.keep[rows].to(self.wide)
         self.subset = labels.keep[rows].nonzero().squeeze(1) if problem.needs_mask else None
         if problem.has_target:
@@ -37,7 +39,7 @@ class TorchChunks:
         self.log_norm_tau = log_norm if tau == 1 else torch.logsumexp(self.soft_z / tau, dim=-1, keepdim=True)
         if problem.entries is None:
             hidden = self._of_subset(problem.teacher_hidden).to(problem.hidden.dtype)
-            teacher = cap((hidden @ problem.teacher_head.T).to(self.wide), problem.teacher_softcap)
+            teacher = _cap((hidden @ problem.teacher_head.T).to(self.wide), problem.teacher_softcap)
             self.teacher_log_norm = torch.logsumexp(teacher / tau, dim=-1)
             self.q = torch.exp(teacher / tau - self.teacher_log_norm[:, None])
             # KL without log q: sum_v q_v (z'_v - z_v) / T - lse(z'/T) + lse(z/T)
@@ -75,11 +77,11 @@ class TorchChunks:
         self.losses(hard, soft)
         cap_, dtype = self.problem.softcap, self.problem.hidden.dtype
         z = self.z if cap_ is None else self.z - cap_.offset
-        slope = None if cap_ is None else z * (1 - z / cap_.a) / cap_.c
-        p = torch.exp(self.z - self.log_norm)
+        slope = None if cap_ is None else torch.addcmul(z, z, z, value=-1 / cap_.a).div_(cap_.c)
+        p = self.shifted.div_(self.total)
         soft_grad = self._soft_gradient(p, soft_scale) if self.problem.has_target else None
-        hard_grad = p.mul_(self.weights.sum(dim=1, keepdim=True))
-        hard_grad.scatter_add_(1, self.ids, -self.weights).mul_(hard_scale)
+        weights = hard_scale * self.weights
+        hard_grad = p.mul_(weights.sum(dim=1, keepdim=True)).scatter_add_(1, self.ids, -weights)
         if apart:
             parts = [hard_grad, soft_grad if self.subset is None else torch.zeros_like(p)]
             if self.subset is not None:
@@ -106,3 +108,11 @@ class TorchChunks:
             grad.mul_((1 - self.rest / self.rest_p)[:, None])
             grad.scatter_(1, self.picked, self.log_p.exp())
         return grad.scatter_add_(1, self.picked, -self.q).mul_(scale)
+
+
+def _cap(logits: Tensor, softcap: Softcap | None) -> Tensor:
+    """`reference.cap` in place: each pass over the logits that makes a new tensor takes longer than its arithmetic."""
+    if softcap is None:
+        return logits
+    capped = logits.add_(softcap.b).div_(softcap.c).sigmoid_().mul_(softcap.a)
+    return capped.add_(softcap.offset) if softcap.offset else capped

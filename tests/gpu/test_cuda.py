@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdclimb import campaign, explain
+from kdclimb import campaign
 from kdclimb.attention import Documents, Span, attention, choose_backend, why_not
 from kdclimb.config import (
     ADAM_KINDS,
@@ -29,6 +29,7 @@ from kdclimb.config import (
     ScheduleConfig,
     ValidationConfig,
 )
+from kdclimb.configfiles import read_config
 from kdclimb.count_ngrams import count, make
 from kdclimb.data import Dataset
 from kdclimb.kernels import DenseTeacher, DynamicNorm, Softcap, distill_loss
@@ -55,12 +56,6 @@ def error(value, truth):
     return (value.double() - truth).norm() / truth.norm()
 
 
-def unpadded(starts, total):
-    """Documents whose boundaries are not padded: for the reference empty ones would cost as much as full ones."""
-    bounds = torch.tensor([*starts, total], dtype=torch.int32)
-    return Documents(bounds.cuda(), int(bounds.diff().max()), total)
-
-
 @pytest.fixture(params=["flash_attn_4", "flash_attn_3", "flash_attn_2", "torch_varlen"])
 def backend(request):
     if reason := why_not(request.param, "cuda"):
@@ -76,8 +71,7 @@ def test_flash_attention_against_float64(backend, starts, window):
 
     def run_as(dtype, backend):
         inputs = [t.to(dtype).requires_grad_() for t in (q, k, v)]
-        documents = unpadded(starts, 2048) if backend == "reference" else Documents.of(starts, 2048, "cuda", 2048)
-        out = attention(*inputs, documents, Span.of(window, 0.1), backend)
+        out = attention(*inputs, Documents.of(starts, 2048, "cuda", 2048), Span.of(window, 0.1), backend)
         return [out, *torch.autograd.grad(out, inputs, upstream.to(dtype))]
 
     truth = run_as(torch.float64, "reference")
@@ -140,8 +134,6 @@ def test_compiled_model_against_float64_without_waiting_and_without_new_graphs(b
 
     def gradients(model, windows, longs):
         documents = Documents.of(starts, total, "cuda", total)
-        if model.backend == "reference":
-            documents = unpadded(starts, total)
         model.set_windows(windows, longs)
         model.zero_grad()
         hidden = model(tokens, documents)
@@ -264,7 +256,7 @@ def test_a_teachers_layers_in_fp8_are_near_float64_and_wait_for_nothing(backend)
         p.add_(0.1 * torch.randn_like(p))
     exact.load_state_dict(ours.state_dict())
     documents = Documents.of(starts, total, "cuda", total)
-    truth = exact(tokens, unpadded(starts, total))
+    truth = exact(tokens, documents)
     plain = error(ours(tokens, documents), truth)
     in_dtype(ours, "fp8")
     rounded = error(ours(tokens, documents), truth)
@@ -316,7 +308,7 @@ def test_fused_loss_waits_for_nothing_and_replays_as_a_graph():
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "text"
-    values = explain.read_config([])
+    values = read_config([])
     values["data"]["vocab_size"] = 512
     values["data"]["text"] |= {"files": ["data/devils-dictionary.txt.xz"], "val_fraction": 0.2}
     prepare(campaign.data_spec(campaign.load(values, ROOT), ROOT), out, ROOT)
@@ -454,9 +446,6 @@ def any_order_afterwards():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.xfail(
-    run=False, reason="with torch_varlen on an H200, torch 2.11, it did not end in six minutes; docs/LOG.md"
-)
 def test_deterministic_runs_are_equal_to_the_bit(backend, manifest, tmp_path, any_order_afterwards):
     torch.compiler.reset()
     attention_config = AttentionConfig(backend, False)

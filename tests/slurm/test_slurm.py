@@ -107,14 +107,14 @@ def test_the_tiny_campaign_as_typed_has_the_tables_of_a_local_one(cluster, start
     assert ours[0] == "kdclimb: campaign tiny on cpu, through Slurm, at most 8 jobs at a time"
     assert ours[1].startswith("kdclimb: to train") and output.index(ours[1]) < output.index("has been submitted")
     submitted = [comment for _, comment in cluster.jobs(folder=master.path)]
-    assert submitted.count("rule_data") == 1 and submitted.count("rule_train_batch_wildcards_1of1") == 1
+    assert submitted.count("rule_data") == 1 and submitted.count("rule_train_batch_wildcards_screen-1of1") == 1
     assert {comment.split("_wildcards")[0] for comment in submitted} == {"rule_data", "rule_train", "rule_train_batch"}
     assert len(submitted) == output.count("has been submitted") == 1 + (3 + 1) + 1 + 1 + 3 + 1 + 5
     assert {r for r in jobs(output)} - {"data", "train", "train_batch"} == set(jobs(finished.output)) - {
         "data",
         "train",
     }
-    tables = {name: text for name, text in master.tables().items() if not name.startswith("kd/batches/")}
+    tables = {name: text for name, text in master.tables().items() if not name.startswith("batches/")}
     expected = small.tables()
     assert tables.keys() == expected.keys()
     assert [name for name in expected if tables[name] != expected[name]] == []

@@ -75,7 +75,7 @@ def _varlen_backward(grad, q, k, v, out, log_norm, cu_seqlens, max_len, window, 
     def gradients():
         inputs = [t.detach().requires_grad_() for t in (q, k, v)]
         out = attention(*inputs, Documents(cu_seqlens, max_len, len(q)), Span(window, scale), "reference")
-        return torch.autograd.grad(out, inputs, grad)
+        return tuple(g.contiguous() for g in torch.autograd.grad(out, inputs, grad))
 
     with ThreadPoolExecutor(1) as pool:  # inside an operator's kernel this thread has no autograd
         return pool.submit(gradients).result()

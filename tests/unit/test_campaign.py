@@ -7,6 +7,7 @@ from configs import ROOT, merged
 
 from kdclimb import campaign, expansion, sections
 from kdclimb.config import ConfigError, PolicyConfig
+from kdclimb.schedule import total_tokens
 
 
 def expand_all(config):
@@ -36,6 +37,51 @@ def test_default_campaign_has_the_runs_it_should_and_at_most_55():
     controls = {"control_boost": 3, "control_random": 1, "control_tuned": 3, "control_smooth": 3, "control_extra": 3}
     expected = {"ce": 10, "ce_screen": 4, "probe": 5, "teacher": 5, "isolate": 4, "screen": 4, "kd": 9}
     assert arms(runs) == expected | controls
+
+
+def shared(overlay):
+    """({job: its runs' arms}, tokens of each job, runs in no job) of a campaign, all decisions taken."""
+    config = campaign.load(merged({"device": "cpu"}, overlay), ROOT)
+    runs = expand_all(config)
+    jobs = expansion.shared_jobs(config, runs)
+    inside = [run.run_id for members in jobs.values() for run in members]
+    assert len(inside) == len(set(inside))
+    tokens = {
+        name: sum(total_tokens(run.config.schedule, run.config.schedule.stop_step) for run in members)
+        for name, members in jobs.items()
+    }
+    return jobs, tokens, {run.run_id for run in runs} - set(inside)
+
+
+def test_short_runs_of_a_stage_share_jobs_that_take_about_as_long():
+    jobs, _, alone = shared({})
+    config = campaign.load(merged({"device": "cpu"}), ROOT)
+    teachers = {run.run_id for run in expand_all(config) if run.arm == "teacher"}
+    assert {name.split("-")[0] for name in jobs} == {
+        *("ce", "ce_screen", "probe", "isolate", "screen", "kd", "controls", "control_boost")
+    }
+    assert alone == teachers and all(len({run.run_id for run in members}) > 1 for members in jobs.values())
+    jobs, tokens, alone = shared({"cluster": {"tokens_per_job": 200_000}})
+    assert (
+        alone == teachers and len([name for name in jobs if name.startswith("kd-")]) == 4
+    )  # of 705 steps of 1,024 tokens
+    for stage in ("ce", "kd", "controls"):
+        sizes = [size for name, size in tokens.items() if name.startswith(f"{stage}-")]
+        assert len(sizes) > 1 and max(sizes) < 1.5 * 200_000 and min(sizes) > 0.5 * 200_000, stage
+    jobs, tokens, alone = shared({"cluster": {"tokens_per_job": 80_000}})  # horizons of 51,200 share, longer ones don't
+    assert max(run.config.schedule.stop_step for members in jobs.values() for run in members) == 75
+    assert len(alone - teachers) == 3 * 6 + 1  # at 110 steps and more, and a control that is the only short one
+    assert shared({"cluster": {"tokens_per_job": 0}})[0] == {}
+
+
+def test_points_of_a_screen_share_jobs_by_their_number_and_a_job_has_room_for_so_many_configs():
+    jobs, _, _ = shared({"cluster": {"points_per_job": 3, "tokens_per_job": 0}})
+    assert {name: len(members) for name, members in jobs.items()} == {"screen-1of2": 2, "screen-2of2": 2}
+    grid = {"temperature": [1 + i / 20 for i in range(40)], "lr_boost": [1.5]}
+    jobs, _, _ = shared({"kd": {"grid": grid}, "cluster": {"tokens_per_job": 10**9}})
+    points = [members for name, members in jobs.items() if name.startswith("screen-")]
+    assert [len(members) for members in points] == [20, 20]
+    assert max(sum(len(run.config.canonical()) for run in members) for members in jobs.values()) < 100_000
 
 
 def test_student_is_the_same_in_ce_and_kd_arms(tiny_runs):

@@ -28,12 +28,12 @@ def test_requests_that_are_refused_as_such_are_heard():
     heard.handle(error("sbatch: error: Unable to contact slurm controller (connect failure)", "b"))
     heard.handle(error(SAID, "c"))
     heard.handle(error(SAID, "c", rule_msg="SLURM-job '7' failed, SLURM status is: 'FAILED'."))
-    heard.handle(error(SAID, "d", rule_name="train_batch", output=["results/tiny/kd/batches/1of2.csv"]))
+    heard.handle(error(SAID, "d", rule_name="train_batch", output=["results/tiny/batches/screen-1of2.csv"]))
     heard.handle(logging.makeLogRecord({"msg": "no error of a job"}))
     heard.handle(error(SAID, "e", event=LogEvent.JOB_INFO, rule_msg=None))  # of a job that starts
     assert "results/runs/e/status.json" not in heard.failed
     refused = {made: failure.refusal for made, failure in heard.failed.items() if failure.refusal}
-    batch = "results/tiny/kd/batches/1of2.csv"
+    batch = "results/tiny/batches/screen-1of2.csv"
     assert refused == {"results/runs/a/status.json": f"sbatch: warning {SAID}", batch: SAID}
 
 

@@ -190,13 +190,42 @@ def test_points_share_a_job_and_trained_ones_come_back(changed):
     output = changed.run("results/tiny/kd/screen.csv", *arguments)
     assert jobs(output).count("train_batch") == 2 and "train" not in jobs(output)
     assert {name: n for name, n in changed.attempts().items() if "-50-t3-" not in name} == before
-    batches = [rows(file) for file in sorted(changed.path.glob("results/tiny/kd/batches/*.csv"))]
+    batches = [rows(file) for file in sorted(changed.path.glob("results/tiny/batches/*.csv"))]
     assert [[r["status"] for r in batch] for batch in batches] == [["ok", "ok"], ["ok"]]
     screened = {r["run_id"] for r in rows(changed.path / "results/tiny/kd/screen.csv")}
     assert {r["run_id"] for batch in batches for r in batch} == screened and len(screened) == 3
     (new,) = (name for name in screened if "-50-t3-" in name)
     subprocess.run([".venv/bin/python", "-m", "kdclimb", "retry", "--run", new], cwd=changed.path, check=True)
     assert jobs(changed.run("-n", "results/tiny/kd/screen.csv", *arguments)).count("train_batch") == 1
+
+
+def test_runs_of_a_stage_share_a_job_and_the_tables_are_those_of_runs_alone(finished, checkout):
+    arguments = overlay(checkout, "shared", cluster={"tokens_per_job": 1_000_000})
+    output = checkout.run(*arguments)
+    made = jobs(output)
+    stages = "ce control_boost controls isolate kd probe screen".split()
+    batches = sorted(checkout.path.glob("results/tiny/batches/*.csv"))
+    assert [file.stem for file in batches] == [f"{stage}-1of1" for stage in stages]
+    assert (
+        made.count("train_batch") == len(stages) and made.count("train") == 2 + 1
+    )  # teachers; CE's screen has but one
+    assert all(row["status"] == "ok" for file in batches for row in rows(file))
+    assert re.search(r"^ce-\S+: step 75/75 val_loss", output, flags=re.MULTILINE)  # as each run alone says
+    expected = finished.tables()
+    tables = {name: text for name, text in checkout.tables().items() if not name.startswith("batches/")}
+    assert tables.keys() == expected.keys()
+    assert [name for name in expected if tables[name] != expected[name]] == []
+    assert "Nothing to be done" in checkout.run("-n", *arguments)
+    (checkout.path / "results/tiny/batches/kd-1of1.csv").unlink()
+    again = jobs(checkout.run("results/tiny/batches/kd-1of1.csv", *arguments))
+    assert again == ["train_batch"] and set(checkout.attempts().values()) == {1}  # all came back, untouched
+    assert "Nothing to be done" in checkout.run("-n", *arguments)
+    (run_id,) = {row["run_id"] for row in rows(batches[0])[:1]}
+    subprocess.run([".venv/bin/python", "-m", "kdclimb", "retry", "--run", run_id], cwd=checkout.path, check=True)
+    alone = jobs(checkout.run(f"results/runs/{run_id}/status.json", *arguments))
+    assert alone == ["train"] and checkout.attempts()[run_id] == 1
+    checkout.run("results/tiny/ce/timing.csv", *arguments)
+    assert checkout.attempts()[run_id] == 1 and checkout.tables()["ce/timing.csv"] == expected["ce/timing.csv"]
 
 
 def test_a_thousand_points_are_planned(changed):

@@ -22,8 +22,10 @@ parser.add_argument("--attempt", type=int, default=1, help="which attempt this i
 parser.add_argument("--attempts", type=int, default=1, help="an unexpected failure is a result only on the last one")
 parser.add_argument("--mirror", metavar="ROOT", help="a second root, where a finished run is copied to")
 
-if __name__ == "__main__":
-    args = parser.parse_args()
+
+def main(arguments: list[str] | None = None) -> int | str:
+    """Train as these flags say, by default the command's; the exit code, or what is wrong with what was given."""
+    args = parser.parse_args(arguments)
     text = args.config if args.config.startswith("{") else Path(args.config).read_text()
     try:
         code = run(
@@ -39,8 +41,12 @@ if __name__ == "__main__":
             give_up=args.attempt > args.attempts,
         )
     except (ValueError, OSError) as error:
-        sys.exit(f"train: {error}")
+        return f"train: {error}"
     if code == 0 and args.mirror:  # a program of its own: an import would make mirroring a part of the trainer's hash
         copy = [sys.executable, "workflow/scripts/mirror.py", "--root", args.mirror, "--run", args.out]
         subprocess.run(copy)  # says what fails; the run has its result all the same
-    sys.exit(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

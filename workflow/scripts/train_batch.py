@@ -2,54 +2,82 @@
 
 import argparse
 import json
+import multiprocessing
 import signal
-import subprocess
 import sys
+import traceback
 from pathlib import Path
 
+import train
+
+from kdclimb.artifacts import rehearse_plots
 from kdclimb.config import RunConfig
 from kdclimb.jobs import write_batch
-from kdclimb.stop import EXIT_INTERRUPTED
+from kdclimb.provenance import source_hash
+from kdclimb.run import ENTRY
+from kdclimb.stop import EXIT_INTERRUPTED, SIGNALS, StopRequests
 
-PASSED_ON = ("teacher", "threads", "code", "attempt", "attempts", "mirror")
+PASSED_ON = ("manifest", "threads", "code", "attempt", "attempts", "mirror")
+FORK = multiprocessing.get_context("fork")  # of a process that has imported all that a run needs, and computed nothing
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--configs", nargs="+", required=True, help="the runs' configs, as JSON")
-parser.add_argument("--manifest", required=True, help="these flags as for train.py")
 for flag in PASSED_ON:
-    parser.add_argument(f"--{flag}")
+    parser.add_argument(f"--{flag}", help="as for train.py")
 parser.add_argument("--out", type=Path, required=True, help="CSV of the runs and how they ended")
-parser.add_argument("--log", type=Path, required=True)
+parser.add_argument("--log", type=Path, required=True, help="where errors are kept")
 
 
-def train(config: str, args: argparse.Namespace, log) -> tuple[Path, int]:
-    """The run's folder and train.py's exit code. A run that a bundle brought has a result, but no state of its own."""
-    run = RunConfig.from_dict(json.loads(config))
-    folder = Path("results/runs", run.run_id)
-    if (folder / "status.json").is_file() and not (folder / ".state").is_dir():
-        return folder, 0
-    command = [sys.executable, "workflow/scripts/train.py", "--config", config, "--out", folder]
-    command += ["--manifest", args.manifest]
-    if run.kd is not None and run.kd.cache is not None:
-        command += ["--cache", f"results/caches/{run.kd.cache}"]
-    for flag in PASSED_ON:
-        if (value := getattr(args, flag)) is not None:
-            command += [f"--{flag}", value]
-    return folder, subprocess.run(command, stderr=log).returncode
+def flags(config: RunConfig, text: str, args: argparse.Namespace) -> list[str]:
+    """Those of train.py for one run: what it reads lies where the workflow has it."""
+    runs = Path("results/runs")
+    given = {"config": text, "out": runs / config.run_id} | {name: getattr(args, name) for name in PASSED_ON}
+    teacher = config.grown_from if config.kd is None else config.kd.teacher
+    if teacher is not None:
+        given["teacher"] = runs / teacher / "checkpoints"
+    if config.kd is not None and config.kd.cache is not None:
+        given["cache"] = f"results/caches/{config.kd.cache}"
+    if config.lr_policy is not None:
+        given["policy"] = runs / config.lr_policy.run / "summary.csv"
+    return [str(word) for name, value in given.items() if value is not None for word in (f"--{name}", value)]
+
+
+def child(arguments: list[str], name: str, log: Path) -> None:
+    """One run, in a process of its own; what went wrong is told at the terminal and kept in the log."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)  # until the run minds them itself
+    try:
+        ended = train.main(arguments)
+    except Exception:
+        ended = traceback.format_exc()
+    if isinstance(ended, str):
+        with log.open("a") as file:
+            print(f"{name}: {ended}", file=file)
+    sys.exit(ended)
 
 
 def main() -> int:
     args = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: None)  # the run that goes on gets it too, keeps its state, and ends
+    stop = StopRequests()
+    source_hash(ENTRY)  # of what is imported here, should it be edited before the last run
+    rehearse_plots()
     folders, failed = [], 0
-    with args.log.open("a") as log:
-        for config in args.configs:
-            folder, code = train(config, args, log)
-            if code == EXIT_INTERRUPTED:
-                return code
-            failed = failed or code
-            folders.append(folder)
+    for text in args.configs:
+        if stop.asked():
+            return EXIT_INTERRUPTED
+        config = RunConfig.from_dict(json.loads(text))
+        folders.append(Path("results/runs", config.run_id))
+        if (folders[-1] / "status.json").is_file() and not (folders[-1] / ".state").is_dir():
+            continue  # a bundle brought it: it has a result, but no state of its own
+        process = FORK.Process(target=child, args=(flags(config, text, args), config.run_id, args.log))
+        process.start()
+        process.join()
+        if process.exitcode == EXIT_INTERRUPTED or (process.exitcode and stop.asked()):
+            return EXIT_INTERRUPTED
+        if process.exitcode:
+            failed = 1
+            with args.log.open("a") as file:
+                print(f"{config.run_id}: ended with exit code {process.exitcode}", file=file)
     if not failed:
         write_batch(args.out, folders)
     return failed
