@@ -386,7 +386,8 @@ def plot(runs: list[Run], path: Path) -> None:
     axis.set(xlabel="step", ylabel="validation loss less CE's (nats)", title="Against the CE control of the same seed")
     axis.set_yscale("symlog", linthresh=0.01)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, ncol=2)
+    if axis.lines[1:]:
+        axis.legend(fontsize=8, ncol=2)
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
