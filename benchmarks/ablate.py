@@ -29,8 +29,8 @@ from kdclimb import campaign, expansion
 from kdclimb.artifacts import write_csv
 from kdclimb.attention import choose_backend
 from kdclimb.config import ADAM_KINDS, RunConfig
+from kdclimb.configfiles import merge, read_config
 from kdclimb.data import Dataset
-from kdclimb.explain import merge, read_config
 from kdclimb.train import Diverged, Trainer, fix_order
 
 COLUMNS = "part keys seed step val_loss train_s run_id".split()
@@ -47,6 +47,8 @@ PARTS: dict[str, dict[str, object]] = {  # what switches it off
     "backout": {"student.backout": []},
     "attention gate": {"student.attention_gate": False},
     "key offset": {"student.key_offset": False},
+    "QK-norm": {"student.qk_norm": False},
+    "half-truncated rotary, and the key offset": {"student.half_rotary": False, "student.key_offset": False},
     "paired heads": {"student.paired_layers": []},
     "layer without attention": {"student.attention_free_layers": []},
     "x0 and residual factors": {"student.x0": False},

@@ -1,13 +1,13 @@
-"""A block of the pilot: a CE control, teachers and KD arms, trained one after another on one device, in one process.
+"""Blocks of the pilot: a CE control, teachers and KD arms, trained one after another on one device, in one process.
 
-python benchmarks/pilot.py --arms ce teacher dense:0.1 dense:0.25 ngram:0.12 --seeds 0 --out results/pilot
-python benchmarks/pilot.py --tables results/pilot    # of what is there
+python benchmarks/pilot.py --arms ce teacher dense:0.1 dense:0.25 bigram:0.12 --seeds 0 --out results/pilot/0
+python benchmarks/pilot.py --tables results/pilot    # of the blocks that are in there
 
 Arms: ce; ce:boost, CE with the LR boost of KD's grid; ce:fp8, with products of the logits in FP8; ce:plain, without the
-student's bigram table; teacher and small, the config's two candidates; dense:F, exact KD from `teacher` in the first F
-of the tokens, dense:F:A with alpha A; small:F, from `small`; ngram:F, KD from counted bigrams, ngram:F:plain to a
-student without bigram table. The run configs are those of the workflow. Only tables are kept, no weights. Runs compare
-within one block alone.
+student's bigram table; teacher and small, the config's two candidates, and bigram and trigram, which are counted. KD is
+TEACHER:F, in the first F of the tokens (dense:F from `teacher`), with options after it: an alpha; norm, the dynamic
+norm; plain, to a student without bigram table. The run configs are those of the workflow. Only tables are kept, no
+weights. Runs compare within one block alone; one that a block has is not trained again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+from scipy.stats import t
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -30,22 +31,34 @@ from benchmarks.common import read_rows
 from kdclimb import campaign, count_ngrams, expansion
 from kdclimb.artifacts import write_csv, write_json
 from kdclimb.config import BoostConfig, RunConfig
-from kdclimb.explain import read_config
+from kdclimb.configfiles import read_config
 from kdclimb.prepare import prepare
 from kdclimb.run import run as train
 from kdclimb.sections import Campaign
 
 ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / "results/runs"
 CONFIGS = [ROOT / "config/seed155.yaml", ROOT / "config/pilot155.yaml"]
 KEPT = ("config.json", "status.json", "steps.csv", "summary.csv", "train.log", "val.csv")
 BOOST = BoostConfig(2.0, 0.15, 0.30)
+TEACHERS = {"dense": "teacher", "small": "small", "bigram": "bigram", "trigram": "trigram"}
+CONFIDENCE = 0.95
 RUN_COLUMNS = (
-    "arm seed run_id status teacher teacher_ms steps train_time_ms final_val kd_step_share kd_overhead kd_share_first"
+    "block arm seed run_id status shared_device teacher teacher_ms steps train_time_ms final_val gain kd_step_share kd_overhead "
+    "kd_share_first kd_share_mean"
 ).split()
-BREAK_EVEN_COLUMNS = (
-    "target arm seed ce_steps kd_steps steps_saved tokens_saved ce_ms kd_ms kd_ms_with_teacher time_saved_ms "
+CURVE_COLUMNS = "block arm seed step tokens train_time_ms val_loss gain".split()
+PAIR_COLUMNS = (
+    "target block arm seed ce_steps kd_steps steps_saved tokens_saved ce_ms kd_ms kd_ms_with_teacher time_saved_ms "
     "time_saved_with_teacher_ms teacher_over_ce steps_saved_needed steps_saved_needed_with_teacher"
 ).split()
+SUMMED = "steps_saved tokens_saved time_saved_ms time_saved_with_teacher_ms".split()
+BREAK_EVEN_COLUMNS = (
+    "target arm pairs reached kd_overhead kd_step_share teacher_over_ce ce_steps steps_saved_needed "
+    "steps_saved_needed_with_teacher".split()
+    + [f"{name}{end}" for name in SUMMED for end in ("", "_low", "_high")]
+)
+ARM_COLUMNS = "arm pairs final_val gain gain_low gain_high gains kd_overhead kd_step_share kd_share_mean".split()
 
 
 def prepared(loaded: Campaign, data: str) -> Path:
@@ -66,25 +79,31 @@ class Block:
         data = campaign.data_id(self.campaign, ROOT)
         self.manifest = prepared(self.campaign, data)
         self.make = expansion.Expansion(self.campaign, data)
-        self.work, self.done = ROOT / "results/runs", []
+        self.work, self.done = WORK, []
+        if (out / "block.json").is_file():
+            self.done = json.loads((out / "block.json").read_text())["runs"]
+
+    def has(self, arm: str, seed: int) -> bool:
+        return any((run["arm"], run["seed"]) == (arm, seed) for run in self.done)
 
     def teacher(self, which: str) -> Path:
         """The checkpoint of a teacher, trained or counted here if it isn't yet."""
-        if which == "ngram":
-            (table,) = self.make.tables()
+        if which in ("bigram", "trigram"):
+            (table,) = (t for t in self.make.tables() if t.config.order == (2 if which == "bigram" else 3))
             if not (self.work / table.run_id / "status.json").is_file():
                 count_ngrams.make(table.config, self.work / table.run_id, self.manifest, 8)
-                self.keep("ngram", table.run_id, None)
+            self.keep(which, table.run_id, None)
             return self.work / table.run_id / "checkpoints"
         place = ("teacher", "small").index(which)
         config = self.make.teachers("teacher", self.campaign.teacher.candidates[place : place + 1])[0].config
         if not (self.work / config.run_id / "status.json").is_file():
             self.train(which, config, None)
+        self.keep(which, config.run_id, None)
         return self.work / config.run_id / "checkpoints"
 
     def go(self, arm: str, seed: int) -> None:
         kind, *rest = arm.split(":")
-        if arm in ("teacher", "small"):
+        if arm in TEACHERS.values():
             self.teacher(arm)
             return
         model = self.make.student()
@@ -97,10 +116,10 @@ class Block:
                 config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, head_dtype="fp8"))
             self.train(arm, config, None)
             return
-        teacher = self.teacher("teacher" if kind == "dense" else kind)
-        kd = dataclasses.replace(self.make.kd(teacher.parent.name, 1.0), token_frac=float(rest[0]))
-        if len(rest) > 1 and rest[1] != "plain":
-            kd = dataclasses.replace(kd, alpha=float(rest[1]))
+        teacher = self.teacher(TEACHERS[kind])
+        numbers = [float(word) for word in rest if word not in ("norm", "plain")]
+        kd = dataclasses.replace(self.make.kd(teacher.parent.name, 1.0), token_frac=numbers[0])
+        kd = dataclasses.replace(kd, alpha=(numbers[1:] or [kd.alpha])[0], dynamic_norm="norm" in rest)
         self.train(arm, self.make.run("kd", arm, kd=kd, **options).config, teacher)
 
     def train(self, arm: str, config: RunConfig, teacher: Path | None) -> None:
@@ -109,14 +128,16 @@ class Block:
         code = train(config, out, self.manifest, teacher, threads=8, any_code=False, last_attempt=True)
         if code:
             raise SystemExit(f"{config.run_id}: ended with exit code {code}; see its train.log")
-        if config.schedule.horizon == self.make.last and config.model.num_layers == self.make.student().num_layers:
+        if arm not in TEACHERS.values():
             shutil.rmtree(out / "checkpoints", ignore_errors=True)  # a student's weights; a failed one has none
-        self.keep(arm, config.run_id, config.seed)
+            self.keep(arm, config.run_id, config.seed)
         gc.collect()
         if config.device == "cuda":
             torch.cuda.empty_cache()
 
     def keep(self, arm: str, run_id: str, seed: int | None) -> None:
+        if self.has(arm, seed):
+            return
         here = self.out / run_id
         here.mkdir(parents=True, exist_ok=True)
         for name in KEPT:
@@ -133,17 +154,53 @@ class Run:
     """One run's tables, as numbers."""
 
     def __init__(self, folder: Path, arm: str, seed: int | None):
-        self.arm, self.seed, self.run_id = arm, seed, folder.name
+        self.block, self.arm, self.seed, self.run_id = folder.parent.name, arm, seed, folder.name
         self.config = json.loads((folder / "config.json").read_text())
-        self.status = json.loads((folder / "status.json").read_text())["status"]
+        status = json.loads((folder / "status.json").read_text())
+        self.status, self.shared_device = status["status"], status["shared_device"]  # with another run: no times
         (self.summary,) = read_rows(folder / "summary.csv")
         self.steps, self.vals = read_rows(folder / "steps.csv"), read_rows(folder / "val.csv")
         ends = [0.0, *(float(row["train_time_ms"]) for row in self.steps)]
         self.step_ms = [after - before for before, after in zip(ends, ends[1:])]
+        self.teacher: Run | None = None
+        self.control: Run | None = None  # CE of the same block, seed and model
 
     @property
     def active(self) -> list[bool]:
         return [row["kd_active"] == "1" for row in self.steps]
+
+    @property
+    def timed(self) -> bool:
+        """Whether its times compare with its control's: each had the device to itself."""
+        return self.control is not None and not (self.shared_device or self.control.shared_device)
+
+    @property
+    def gain(self) -> float | None:
+        """CE's final loss less this one's."""
+        if self.control is None or self.control is self:
+            return None
+        return float(self.control.summary["final_val"]) - float(self.summary["final_val"])
+
+    @property
+    def kd_shares(self) -> list[float]:
+        """KD's share of the gradient, at the steps that measured it."""
+        found = [row.get("kd_share") for row in self.steps]
+        return [float(cell) for cell in found if cell not in ("", "nan", None)]
+
+    @property
+    def overhead(self) -> float | None:
+        """Median over the steps with KD of its time over that of CE's same step: batch, windows and labels are equal.
+
+        The first step of either is left out: it waits for what the warm-up left.
+        """
+        if not self.timed or not any(self.active):
+            return None
+        rows = list(zip(self.step_ms, self.control.step_ms, self.active))[1:]
+        return statistics.median(kd / plain for kd, plain, on in rows if on)
+
+    @property
+    def step_share(self) -> float:
+        return sum(self.active) / len(self.active)
 
     def crossing(self, target: float) -> dict | None:
         """Interpolated step, tokens and time of the first of two validations in a row at the target or below."""
@@ -160,99 +217,179 @@ class Run:
         return None
 
 
+def read_block(path: Path) -> list[Run]:
+    """The runs of one block, each with its control and its teacher."""
+    runs = [Run(path / r["run_id"], r["arm"], r["seed"]) for r in json.loads((path / "block.json").read_text())["runs"]]
+    for run in runs:
+        want = (run.seed, run.config.get("model"))
+        same = (r for r in runs if r.arm in ("ce", "ce:plain") and (r.seed, r.config["model"]) == want)
+        run.control = next(same, None)
+        if run.config.get("kd"):
+            run.teacher = next(r for r in runs if r.run_id == run.config["kd"]["teacher"])
+    return runs
+
+
 def tables(out: Path) -> None:
-    runs = [Run(out / r["run_id"], r["arm"], r["seed"]) for r in json.loads((out / "block.json").read_text())["runs"]]
-    by_id = {run.run_id: run for run in runs}
-    write_csv(out / "runs.csv", RUN_COLUMNS, [run_row(run, runs, by_id) for run in runs])
-    write_csv(out / "break_even.csv", BREAK_EVEN_COLUMNS, break_even(runs, by_id))
+    runs = [run for path in sorted(out.rglob("block.json")) for run in read_block(path.parent)]
+    pairs = pair_rows(runs)
+    write_csv(out / "runs.csv", RUN_COLUMNS, [run_row(run) for run in runs])
+    write_csv(out / "curves.csv", CURVE_COLUMNS, [row for run in runs for row in curve(run)])
+    write_csv(out / "arms.csv", ARM_COLUMNS, arm_rows(runs))
+    write_csv(out / "pairs.csv", PAIR_COLUMNS, pairs)
+    write_csv(out / "break_even.csv", BREAK_EVEN_COLUMNS, break_even(runs, pairs))
     plot(runs, out / "curves.png")
 
 
-def control(run: Run, runs: list[Run]) -> Run | None:
-    """The CE run of the same seed and model."""
-    want = (run.seed, run.config.get("model"))
-    return next((r for r in runs if r.arm in ("ce", "ce:plain") and (r.seed, r.config["model"]) == want), None)
-
-
-def run_row(run: Run, runs: list[Run], by_id: dict[str, Run]) -> dict:
-    row = {name: getattr(run, name) for name in ("arm", "seed", "run_id", "status")}
+def run_row(run: Run) -> dict:
+    row = {name: getattr(run, name) for name in ("block", "arm", "seed", "run_id", "status", "shared_device", "gain")}
     row |= {name: run.summary.get(name) for name in ("steps", "train_time_ms", "final_val")}
-    if not run.config.get("kd"):
+    if run.teacher is None:
         return row
-    row["teacher"] = run.config["kd"]["teacher"]
-    row["teacher_ms"] = by_id[row["teacher"]].summary["train_time_ms"]
-    row["kd_step_share"] = sum(run.active) / len(run.active)
-    row["kd_overhead"] = overhead(run, control(run, runs))
-    row["kd_share_first"] = next((r["kd_share"] for r in run.steps if r.get("kd_share") not in ("", "nan", None)), None)
-    return row
+    shares = run.kd_shares
+    return row | {
+        "teacher": run.teacher.run_id,
+        "teacher_ms": run.teacher.summary["train_time_ms"],
+        "kd_step_share": run.step_share,
+        "kd_overhead": run.overhead,
+        "kd_share_first": shares[0] if shares else None,
+        "kd_share_mean": statistics.mean(shares) if shares else None,
+    }
 
 
-def overhead(run: Run, ce: Run | None) -> float | None:
-    """Median over the steps with KD of its time over that of CE's same step: batch, windows and labels are equal."""
-    if ce is None or not any(run.active):
-        return None
-    ratios = [kd / plain for kd, plain, on in zip(run.step_ms, ce.step_ms, run.active) if on]
-    return statistics.median(ratios)
+def curve(run: Run) -> list[dict]:
+    """Each validation, and by how much it is below CE's at the same step."""
+    base = {row["step"]: float(row["val_loss"]) for row in run.control.vals} if run.gain is not None else {}
+    kept = ("step", "tokens", "train_time_ms", "val_loss")
+    return [
+        {"block": run.block, "arm": run.arm, "seed": run.seed}
+        | {name: row[name] for name in kept}
+        | {"gain": base[row["step"]] - float(row["val_loss"]) if row["step"] in base else None}
+        for row in run.vals
+    ]
 
 
-def break_even(runs: list[Run], by_id: dict[str, Run]) -> list[dict]:
-    """For each target and KD run: what it saved against its CE control, and what it would have had to save."""
+def interval(values: list[float]) -> tuple[float | None, float | None]:
+    """Student's t, of the mean; none below 3."""
+    if len(values) < 3 or not statistics.stdev(values):
+        return None, None
+    spread = statistics.stdev(values) / len(values) ** 0.5
+    return t.interval(CONFIDENCE, len(values) - 1, statistics.mean(values), spread)
+
+
+def mean(values) -> float | None:
+    """Of those that are not None."""
+    found = [value for value in values if value is not None]
+    return statistics.mean(found) if found else None
+
+
+def by_arm(runs: list[Run]) -> dict[str, list[Run]]:
+    """The runs that have another as their control, by arm, in order of appearance."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.gain is not None:
+            found.setdefault(run.arm, []).append(run)
+    return found
+
+
+def arm_rows(runs: list[Run]) -> list[dict]:
     rows = []
-    finals = {round(float(r.summary["final_val"]), 4) for r in runs if r.arm in ("teacher", "small", "ngram")}
-    for target in sorted({4.6, 4.3, 4.1, 4.0, 3.9} | finals, reverse=True):
+    for arm, members in by_arm(runs).items():
+        gains = [run.gain for run in members]
+        low, high = interval(gains)
+        row = {"arm": arm, "pairs": len(gains), "final_val": mean(float(r.summary["final_val"]) for r in members)}
+        row |= {"gain": mean(gains), "gain_low": low, "gain_high": high, "gains": " ".join(f"{g:.4f}" for g in gains)}
+        if members[0].teacher:
+            row |= {"kd_overhead": mean(r.overhead for r in members), "kd_step_share": members[0].step_share}
+            row["kd_share_mean"] = mean(share for r in members for share in r.kd_shares)
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row["gain"])
+
+
+def pair_rows(runs: list[Run]) -> list[dict]:
+    """For each target and KD run: what it saved against its CE control, and what it would have had to save.
+
+    Targets are fixed ones, and the final loss of each run's own teacher.
+    """
+    rows = []
+    for target in ("teacher", 4.6, 4.3, 4.1, 4.0, 3.9):
         for run in runs:
-            ce = control(run, runs)
-            if not run.config.get("kd") or ce is None:
+            if run.teacher is None or run.control is None:
                 continue
-            mine, theirs = run.crossing(target), ce.crossing(target)
-            row = {"target": target, "arm": run.arm, "seed": run.seed}
-            if theirs is None:
-                rows.append(row)
-                continue
-            teacher_ms = float(by_id[run.config["kd"]["teacher"]].summary["train_time_ms"])
-            row |= {"ce_steps": theirs["step"], "ce_ms": theirs["train_time_ms"]}
-            row["teacher_over_ce"] = teacher_ms / theirs["train_time_ms"]
-            if mine is not None:
-                row |= saved(run, ce, mine, theirs, teacher_ms)
-            rows.append(row)
+            value = float(run.teacher.summary["final_val"]) if target == "teacher" else target
+            rows.append({"target": target, "block": run.block, "arm": run.arm, "seed": run.seed} | saved(run, value))
     return rows
 
 
-def saved(run: Run, ce: Run, mine: dict, theirs: dict, teacher_ms: float) -> dict:
-    at = min(len(ce.step_ms) - 1, int(theirs["step"]))
+def saved(run: Run, target: float) -> dict:
+    """Nothing where CE never meets the target; no saving where this run doesn't; no times of runs that shared a GPU."""
+    ce, mine, theirs = run.control, run.crossing(target), run.control.crossing(target)
+    if theirs is None:
+        return {}
+    row = {"ce_steps": theirs["step"]}
+    if mine is not None:
+        row |= {"kd_steps": mine["step"], "steps_saved": theirs["step"] - mine["step"]}
+        row["tokens_saved"] = theirs["tokens"] - mine["tokens"]
+    if not run.timed:
+        return row
+    at = ce.step_ms[min(len(ce.step_ms) - 1, int(theirs["step"]))]
     extra = sum(kd - plain for kd, plain, on in zip(run.step_ms, ce.step_ms, run.active) if on)
+    teacher_ms = float(run.teacher.summary["train_time_ms"])
+    row |= {
+        "ce_ms": theirs["train_time_ms"],
+        "teacher_over_ce": teacher_ms / theirs["train_time_ms"],
+        "steps_saved_needed": extra / at,
+        "steps_saved_needed_with_teacher": (extra + teacher_ms) / at,
+    }
+    if mine is None:
+        return row
     with_teacher = mine["train_time_ms"] + teacher_ms
-    return {
-        "kd_steps": mine["step"],
-        "steps_saved": theirs["step"] - mine["step"],
-        "tokens_saved": theirs["tokens"] - mine["tokens"],
+    return row | {
         "kd_ms": mine["train_time_ms"],
         "kd_ms_with_teacher": with_teacher,
         "time_saved_ms": theirs["train_time_ms"] - mine["train_time_ms"],
         "time_saved_with_teacher_ms": theirs["train_time_ms"] - with_teacher,
-        "steps_saved_needed": extra / ce.step_ms[at],
-        "steps_saved_needed_with_teacher": (extra + teacher_ms) / ce.step_ms[at],
     }
 
 
+def break_even(runs: list[Run], pairs: list[dict]) -> list[dict]:
+    """The pairs of each target and arm as one row: means, and intervals of the savings from 3 pairs on."""
+    groups, members = {}, by_arm(runs)
+    for row in pairs:
+        groups.setdefault((row["target"], row["arm"]), []).append(row)
+    rows = []
+    for (target, arm), group in groups.items():
+        row = {"target": target, "arm": arm, "pairs": len(group), "reached": sum("kd_steps" in r for r in group)}
+        row |= {"kd_overhead": mean(r.overhead for r in members[arm]), "kd_step_share": members[arm][0].step_share}
+        for name in ("teacher_over_ce", "ce_steps", "steps_saved_needed", "steps_saved_needed_with_teacher"):
+            row[name] = mean(r.get(name) for r in group)
+        for name in SUMMED:
+            values = [r[name] for r in group if name in r]
+            low, high = interval(values)
+            row |= {name: mean(values), f"{name}_low": low, f"{name}_high": high}
+        rows.append(row)
+    return rows
+
+
 def plot(runs: list[Run], path: Path) -> None:
-    """Validation loss less that of the CE control, over steps; below 0 is better than CE."""
+    """Validation loss less that of the CE control, over steps, the mean of each arm's pairs; below 0 beats CE."""
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(9, 5))
+    figure, axis = plt.subplots(figsize=(10, 6))
     axis.axhline(0, color="black", linewidth=0.8)
-    for run in runs:
-        ce = control(run, runs)
-        if ce is None or run is ce or len(run.vals) < 2:
-            continue
-        base = {row["step"]: float(row["val_loss"]) for row in ce.vals}
-        points = [(int(r["step"]), float(r["val_loss"]) - base[r["step"]]) for r in run.vals if r["step"] in base]
-        axis.plot(*zip(*points), marker="o", markersize=3, label=f"{run.arm}, seed {run.seed}")
+    for place, (arm, members) in enumerate(by_arm(runs).items()):
+        gains: dict[int, list[float]] = {}
+        for row in (row for run in members for row in curve(run) if row["gain"] is not None):
+            gains.setdefault(int(row["step"]), []).append(-row["gain"])
+        points = [(step, statistics.mean(values)) for step, values in sorted(gains.items())]
+        style = "-" if place < 10 else "--"  # there are ten colours
+        axis.plot(*zip(*points), style, marker="o", markersize=3, label=f"{arm} ({len(members)})")
     axis.set(xlabel="step", ylabel="validation loss less CE's (nats)", title="Against the CE control of the same seed")
+    axis.set_yscale("symlog", linthresh=0.01)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, ncol=2)
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
 
 
 def main() -> None:
@@ -262,8 +399,10 @@ def main() -> None:
     parser.add_argument("--configfile", type=Path, nargs="+", default=CONFIGS)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="instead of the config's")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run later than this")
-    parser.add_argument("--out", type=Path, default=Path("results/pilot"))
-    parser.add_argument("--tables", type=Path, metavar="OUT", help="make only the tables of a block that is there")
+    parser.add_argument("--out", type=Path, default=Path("results/pilot/0"), help="the block's folder")
+    parser.add_argument(
+        "--tables", type=Path, metavar="OUT", help="make only the tables of the blocks that are in there"
+    )
     args = parser.parse_args()
     if args.tables:
         tables(args.tables)
@@ -272,6 +411,8 @@ def main() -> None:
     block = Block(args.configfile, args.out, args.device)
     for seed in args.seeds:
         for arm in args.arms:
+            if block.has(arm, None if arm in TEACHERS.values() else seed):
+                continue
             if time.perf_counter() - begun > args.seconds:
                 print(f"no time left for {arm}, seed {seed}", flush=True)
                 continue

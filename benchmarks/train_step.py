@@ -37,8 +37,8 @@ from kdclimb import campaign, expansion, schedule, sections
 from kdclimb.artifacts import last_lines, seal, sha256, write_json
 from kdclimb.attention import choose_backend
 from kdclimb.config import ATTENTION_BACKENDS, AttentionConfig, RunConfig, ScheduleConfig
+from kdclimb.configfiles import read_config
 from kdclimb.data import Dataset
-from kdclimb.explain import read_config
 from kdclimb.logs import read_log, stage_times
 from kdclimb.run import PEAK_TFLOPS
 from kdclimb.shards import write_shard

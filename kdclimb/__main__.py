@@ -27,6 +27,7 @@ from kdclimb import bundle, explain, logs, plan
 from kdclimb.analysis.tables import remedy
 from kdclimb.artifacts import read_sealed, write_text
 from kdclimb.campaign import LOCKED_BUDGET_FRACTION, load, schema_path
+from kdclimb.configfiles import read_config
 from kdclimb.imported import PREFIX
 
 STATUSES = ("ok", "diverged", "oom", "failed", "refused", "interrupted")
@@ -150,13 +151,13 @@ def tell(args: argparse.Namespace) -> str:
     if args.write:
         write_text(explain.readme_path(), explain.readme())
         return f"written: {explain.readme_path()}"
-    return explain.explain(args.key, explain.read_config(args.configfile))
+    return explain.explain(args.key, read_config(args.configfile))
 
 
 def foresee(args: argparse.Namespace) -> str:
     """What `plan` prints. Raises ConfigError for a wrong config, AnalysisError for a result that can't be read."""
     root = schema_path().parent.parent
-    return plan.plan(load(explain.read_config(args.configfile), root), root, args.results)
+    return plan.plan(load(read_config(args.configfile), root), root, args.results)
 
 
 def tell_status(args: argparse.Namespace) -> str:
@@ -166,7 +167,7 @@ def tell_status(args: argparse.Namespace) -> str:
     from kdclimb import status
 
     root, console = schema_path().parent.parent, Console()
-    reader = status.Reader(load(explain.read_config(args.configfile), root), root, args.results)
+    reader = status.Reader(load(read_config(args.configfile), root), root, args.results)
     lasting = console.is_terminal and not args.once
     found = status.watch(reader, console, args.every) if lasting else reader.read()
     with console.capture() as captured:
@@ -180,7 +181,7 @@ def report_so_far(args: argparse.Namespace) -> str:
     from kdclimb.analysis import so_far
 
     root = schema_path().parent.parent
-    campaign = load(explain.read_config(args.configfile), root)
+    campaign = load(read_config(args.configfile), root)
     found, folder = status.Reader(campaign, root, args.results).read(), args.results / campaign.campaign
     page = so_far.report_so_far(campaign, found.planned.named, folder, args.results / "runs", found.words)
     return f"{found.words}\nwritten: {page}"
@@ -189,7 +190,7 @@ def report_so_far(args: argparse.Namespace) -> str:
 def export_bundle(args: argparse.Namespace) -> str:
     """What `bundle export` prints. Raises ConfigError for a wrong config, BundleError if there is nothing to export."""
     root = schema_path().parent.parent
-    campaign = load(explain.read_config(args.configfile), root)
+    campaign = load(read_config(args.configfile), root)
     return bundle.export(campaign, root, args.results, args.out, args.weights)
 
 
@@ -228,7 +229,7 @@ def bring(args: argparse.Namespace) -> str:
     folder = importing.import_teacher(
         args.file,
         importing.Shape(args.layers, args.heads, args.head_dim, args.vocab_size, args.bigram_vocab_size),
-        load(explain.read_config(args.configfile), root),
+        load(read_config(args.configfile), root),
         root,
         args.results,
         name=args.name or importing.slug(args.file),

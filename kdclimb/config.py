@@ -15,6 +15,8 @@ import types
 import typing
 from dataclasses import dataclass
 
+LONGEST_SHOWN = 300  # characters of a value in an error's line
+
 
 class ConfigError(ValueError):
     """A config that can't be run. The message names the key, its value and what is allowed."""
@@ -27,7 +29,7 @@ def build(cls, values: dict, where: str = ""):
     dotted path. Ints are taken where floats are asked for; nothing else is converted.
     """
     if not isinstance(values, dict):
-        raise ConfigError(f"{where or cls.__name__}: {values!r} is not a mapping of keys to values")
+        raise ConfigError(f"{where or cls.__name__}: {shown(values)} is not a mapping of keys to values")
     hints = typing.get_type_hints(cls)
     values = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING} | values
     for key in values:
@@ -49,24 +51,34 @@ def _convert(hint, value, where: str):
         return None if value is None else _convert(args[0], value, where)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where}: {value!r} is not a list")
+            raise ConfigError(f"{where}: {shown(value)} is not a list")
         return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, where)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is float and number:
-        if not math.isfinite(value):
-            raise ConfigError(f"{where}: {value!r} is not a finite number")
-        return float(value)
+        try:
+            found = float(value)
+        except OverflowError:  # of an int
+            found = math.inf
+        if not math.isfinite(found):
+            raise ConfigError(f"{where}: {shown(value)} is not a finite number")
+        return found
     if hint is not float and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise ConfigError(f"{where}: {value!r} is a {type(value).__name__}, not a {hint.__name__}")
+    raise ConfigError(f"{where}: {shown(value)} is a {type(value).__name__}, not a {hint.__name__}")
 
 
 def require(condition: bool, key: str, value, allowed: str) -> None:
     """Raise ConfigError in the one form that all config errors have, unless `condition` holds."""
     if not condition:
-        raise ConfigError(f"{key}: {value!r} is not allowed; allowed: {allowed}")
+        raise ConfigError(f"{key}: {shown(value)} is not allowed; allowed: {allowed}")
+
+
+def shown(value) -> str:
+    """A value in an error's line: its repr, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 VALUE_GATES = ("hidden", "both")
@@ -97,6 +109,8 @@ class ModelConfig:
     smear: bool  # a gate to the embedding of the token before
     qkvo_factors: bool  # learned factors of the attention's weights
     yarn: bool  # stretch the rotary frequencies when the long window changes
+    qk_norm: bool = True  # queries and keys are brought to a root mean square of 1
+    half_rotary: bool = True  # half of a head's dimensions don't rotate; false: all do
 
     def __post_init__(self) -> None:
         require(self.num_layers >= 1, "num_layers", self.num_layers, "1 or more")
@@ -123,6 +137,8 @@ class ModelConfig:
         ordered = self.skip == () or (len(self.skip) == 2 and self.skip[0] < self.skip[1])
         require(ordered, "skip", self.skip, "[] or [from, to], from a layer to a later one")
         require(len(self.backout) <= 1, "backout", self.backout, "[] or one layer")
+        fits = self.half_rotary or not self.key_offset
+        require(fits, "key_offset", True, "false with half_rotary: false, under which no dimension is left for it")
 
     @property
     def dim(self) -> int:
@@ -437,9 +453,7 @@ class RunConfig:
     deterministic: bool = False  # on a GPU, where it takes time; a CPU's runs are in any case
 
     def to_dict(self) -> dict:
-        """Without `deterministic` where it is false: runs from before it keep their ids."""
-        values = dataclasses.asdict(self)
-        return values if self.deterministic else {k: v for k, v in values.items() if k != "deterministic"}
+        return plain(self)
 
     def canonical(self) -> str:
         """The JSON text that the id is a hash of: sorted keys, no NaN, floats in repr form."""
@@ -464,6 +478,16 @@ class RunConfig:
     @classmethod
     def from_dict(cls, values: dict) -> RunConfig:
         return build(cls, values)
+
+
+def plain(value):
+    """As `dataclasses.asdict`, without fields at their default: what was before such a field keeps its id."""
+    if isinstance(value, tuple):
+        return tuple(map(plain, value))
+    if not dataclasses.is_dataclass(value):
+        return value
+    there = [(f, getattr(value, f.name)) for f in dataclasses.fields(value)]
+    return {f.name: plain(found) for f, found in there if found != f.default}
 
 
 def canonical_json(value) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,13 @@ def _batch(stream: np.ndarray, starts: list[int], device: str, longest: int, roo
     return Batch(on_device[:-1], on_device[1:], Documents.of(starts, len(stream) - 1, device, longest, room))
 
 
+def _mapped(tokens: np.ndarray) -> Tensor:
+    """A shard's tokens, (tokens,) uint16, as int16 in the same memory, which is only read."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(tokens.view(np.int16))
+
+
 class Packer:
     """Fills batches with whole documents, each from its start, cut to `max_doc_tokens` and to the room left.
 
@@ -107,11 +115,13 @@ class Packer:
         self.cursor = (0, 0, 0)  # epoch, shard, and place in its order, of the last document taken
         self._documents = self._walk()
 
-    def _walk(self) -> Iterator[np.ndarray]:
+    def _walk(self) -> Iterator[Tensor]:
+        """The documents, as views of their shards."""
         while True:
             for number, tokens in enumerate(self.shards):
                 starts = np.flatnonzero(tokens == self.bos)
                 ends = np.append(starts[1:], len(tokens))
+                tokens = _mapped(tokens)
                 for place, i in enumerate(document_order(len(starts), self.seed, self.epoch, number)):
                     self.cursor = self.epoch, number, place
                     yield tokens[starts[i] : min(ends[i], starts[i] + self.max_doc_tokens)]
@@ -123,7 +133,7 @@ class Packer:
         starts = np.flatnonzero(self.shards[0] == self.bos)
         return np.diff(starts, append=len(self.shards[0])).clip(max=self.max_doc_tokens).mean().item()
 
-    def _fill(self, length: int) -> tuple[list[np.ndarray], list[int]]:
+    def _fill(self, length: int) -> tuple[list[Tensor], list[int]]:
         pieces, starts, filled = [], [], 0
         while filled < length:
             piece = next(self._documents)[: length - filled]
@@ -138,7 +148,9 @@ class Packer:
     def next_batch(self, tokens: int, device: str) -> Batch:
         with waiting("the token shards"):  # whose pages may have left the memory since they were verified
             pieces, starts = self._fill(tokens + 1)
-            stream = np.concatenate(pieces)
+            stream = torch.cat(
+                pieces
+            )  # without the GIL, unlike numpy's where pieces are short, so that a wait can be said
         starts = [start for start in starts if start < tokens]
         room = math.ceil(ROOM * tokens / self.mean_document)
-        return _batch(stream.astype(np.int64), starts, device, self.max_doc_tokens, room)
+        return _batch(stream.numpy().view(np.uint16).astype(np.int64), starts, device, self.max_doc_tokens, room)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from kdclimb.campaign import schema_path
+from kdclimb.campaign import schema, schema_path
 from kdclimb.config import ConfigError
 
 LONGEST_DEFAULT = 60  # characters in a cell; a longer one is read more easily where it is set
@@ -75,8 +75,7 @@ class Key:
 
 def all_keys() -> list[Key]:
     """All keys in the schema's order, a section before what it holds."""
-    schema = yaml.safe_load(schema_path().read_text())
-    return list(_walk(schema, "", schema["$defs"]))
+    return list(_walk(schema(), "", schema()["$defs"]))
 
 
 def _walk(spec: dict, prefix: str, definitions: dict) -> Iterable[Key]:
@@ -257,37 +256,3 @@ def value(config, name: str):
     if head.endswith("[]"):
         return [value(entry, rest) for entry in found] if isinstance(found, list) else None
     return value(found, rest)
-
-
-# ---- reading configs ----------------------------------------------------------------------------
-
-
-def read_config(overlays: Iterable[Path]) -> dict:
-    """config/config.yaml with overlays merged over it as Snakemake merges them; nothing is validated.
-
-    Raises ConfigError that names a file which can't be read, is not YAML or has no keys at its top level.
-    """
-    over: dict = {}  # Snakemake merges the overlays with each other first
-    for path in overlays:
-        over = merge(over, _read(path))
-    return merge(_read(schema_path().with_name("config.yaml")), over)
-
-
-def _read(path: Path) -> dict:
-    try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: holds no keys at its top level")
-    return config
-
-
-def merge(config, over: dict) -> dict:
-    """A new dict: `config` with `over` on top, sections key by key, all else replaced."""
-    merged = dict(config) if isinstance(config, dict) else {}
-    for key, new in over.items():
-        merged[key] = merge(merged.get(key, {}), new) if isinstance(new, dict) else new
-    return merged

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from kdclimb.artifacts import RunFolder, publish, sha256, write_json, write_tables, write_text
 from kdclimb.attention import choose_backend
 from kdclimb.campaign import data_id
-from kdclimb.config import ConfigError, DataRef, ModelConfig, require
+from kdclimb.config import ConfigError, DataRef, ModelConfig, plain, require
 from kdclimb.data import Dataset
 from kdclimb.evaluate import validate
 from kdclimb.imported import ImportedConfig, Origin
@@ -371,7 +371,7 @@ class _Import:
         config, out = self.config, self.out
         times = {"step": config.horizon, "train_time_ms": config.cost_ms}
         vals = [times | {"val_loss": val_loss}]  # tokens stay empty: the file doesn't know them
-        write_json(out / "config.json", dataclasses.asdict(config))
+        write_json(out / "config.json", plain(config))
         write_tables(out, config.run_id, [], vals, self.summary(model, val_loss))
         packing = config.val_tokens, config.micro_batch_tokens, config.max_doc_tokens
         facts = data_facts(self.dataset, *packing) | {

@@ -15,6 +15,7 @@ from kdclimb.config import (
     RunConfig,
     build,
     canonical_json,
+    plain,
     require,
     short_hash,
 )
@@ -66,7 +67,7 @@ class ImportedConfig:
 
     @property
     def run_id(self) -> str:
-        return f"{PREFIX}{self.name}-{short_hash(canonical_json(dataclasses.asdict(self)))}"
+        return f"{PREFIX}{self.name}-{short_hash(canonical_json(plain(self)))}"
 
     @property
     def horizon(self) -> int:

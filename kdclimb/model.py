@@ -142,7 +142,7 @@ class GPT(nn.Module):
     def _factors(self, i: int) -> tuple[Tensor | None, ...]:
         """Layer i's learned factors of the residual stream, of the first hidden state and of the bigram embedding."""
         names = ("residual_lambdas", "x0_lambdas", "bigram_lambdas")
-        return tuple(getattr(self, name)[i].to(self.compute_dtype) if hasattr(self, name) else None for name in names)
+        return tuple(getattr(self, name)[i] if hasattr(self, name) else None for name in names)
 
     def _tables(self, length: int, paired: bool, device: torch.device) -> tuple[Tensor, Tensor]:
         key = length, paired, device
@@ -192,6 +192,7 @@ class Block(nn.Module):
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.attends = i not in config.attention_free_layers
         self.paired = i in config.paired_layers
+        self.norms_queries_and_keys = config.qk_norm
         self.value_gate_sees_value = config.value_gate == "both"
         self.offsets_keys = config.key_offset and i in config.long_layers and not self.paired
         for name in MATRICES[:4] if self.attends else ():
@@ -222,7 +223,9 @@ class Block(nn.Module):
         shape = (len(x), self.num_heads, self.head_dim)
         weights, output = self.rounded[2:] or self.attention_matrices()
         q, k, v = (y.view(shape) for y in linear(x, weights).chunk(3, dim=-1))
-        q, k = (rotate(rms_norm(y), tables) for y in (q, k))
+        if self.norms_queries_and_keys:
+            q, k = rms_norm(q), rms_norm(k)
+        q, k = rotate(q, tables), rotate(k, tables)
         if self.offsets_keys:
             k = offset_keys(k)
         if value is not None:
@@ -316,12 +319,16 @@ def bigram_hash(tokens: Tensor, rows: int) -> Tensor:
 
 
 def rotary(config: ModelConfig, long_windows: tuple[int, ...]) -> tuple[Tensor, float]:
-    """(D/4,) float64 frequencies of the rotating pairs in radians a token, and the softmax scale's factor.
+    """(D/2,) float64 frequencies of the pairs in radians a token, and the softmax scale's factor.
 
+    The second half of the pairs does not rotate (half-truncated rotary), unless the config has all of them do so.
     YaRN (arXiv 2309.00071), as the speedrun applies it: whenever the long window changes, frequencies that turn seldom
     in the old one are stretched by the ratio of the two. A function of the windows alone: a checkpoint needs no more.
     """
-    frequencies = ROTARY_BASE ** -torch.linspace(0, 1, config.head_dim // 4, dtype=torch.float64, device="cpu")
+    pairs = config.head_dim // 2
+    rotating = pairs // 2 if config.half_rotary else pairs
+    frequencies = ROTARY_BASE ** -torch.linspace(0, 1, rotating, dtype=torch.float64, device="cpu")
+    frequencies = F.pad(frequencies, (0, pairs - rotating))
     factor, (low, high) = 1.0, YARN_ROTATIONS
     for old, new in pairwise(long_windows) if config.yarn else ():
         kept = ((old * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
@@ -331,14 +338,14 @@ def rotary(config: ModelConfig, long_windows: tuple[int, ...]) -> tuple[Tensor, 
 
 
 def rotary_tables(length: int, heads: int, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, (T, heads, D/2); the second half of the pairs does not rotate (half-truncated rotary).
+    """cos and sin, (T, heads, D/2).
 
     `heads` above 1 is for paired heads: of token t, head h turns as position 2t + h % 2 (records 58 to 71).
     """
     place = torch.arange(length, device=frequencies.device)[:, None]
     if heads > 1:
         place = 2 * place + torch.arange(heads, device=place.device) % 2
-    angles = place[..., None] * torch.cat([frequencies, torch.zeros_like(frequencies)])
+    angles = place[..., None] * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

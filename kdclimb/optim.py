@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from kdclimb.config import MuonConfig, OptimConfig
 from kdclimb.model import COMPILE_OPTIONS, GPT
@@ -121,6 +123,36 @@ class Matrices:
         return {f"muon.{self.name}.{key}": buffer for key, buffer in buffers.items() if buffer is not None}
 
 
+class Adam:
+    """Torch's fused Adam by its function, as torch's class imports the compiler, a second and a half.
+
+    Groups are dicts of params, betas and lr; `state` has each parameter's moments under torch's names.
+    """
+
+    def __init__(self, groups: list[dict]):
+        self.param_groups = groups
+        self.state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+
+    def step(self) -> None:
+        """Step all that have a gradient, and take it away."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            states = [self.state[p] or self._start(p) for p in params]
+            moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+            beta1, beta2 = group["betas"]
+            adam(
+                params, [p.grad for p in params], *moments, [], [state["step"] for state in states], fused=True,
+                amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=0.0, eps=1e-10, maximize=False,
+            )  # fmt: skip
+            for p in params:
+                p.grad = None
+
+    def _start(self, p: Tensor) -> dict[str, Tensor]:
+        step = torch.zeros((), dtype=torch.float32, device=p.device)
+        self.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        return self.state[p]
+
+
 class Optimizers:
     """The two optimisers as one: `step`, `untie`, and a state of plain tensors for resuming."""
 
@@ -141,7 +173,7 @@ class Optimizers:
             }
             for group in config.adam.groups
         ]
-        self.adam = torch.optim.Adam(groups, eps=1e-10, fused=True)
+        self.adam = Adam(groups)
         self._muon_step, self._adam_decay = muon_step, adam_decay
         if compiled:
             self._muon_step, self._adam_decay = _compiled(muon_step), _compiled(adam_decay)
@@ -179,7 +211,6 @@ class Optimizers:
                 average = state["exp_avg"] if state else torch.zeros_like(p)  # Adam makes its own in its first step
                 self._adam_decay(p, p.grad, average, decay, config.beta1, self.config.cautious_decay)
         self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
 
     def untie_step(self, horizon: int) -> int | None:
         """The step before which the head unties: the first from the model's on at which Adam has stepped on all."""

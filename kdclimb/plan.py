@@ -15,7 +15,6 @@ from pathlib import Path
 
 from kdclimb import supply
 from kdclimb.analysis.budget import is_shared
-from kdclimb.analysis.selection import PROBE_COLUMNS
 from kdclimb.analysis.tables import AnalysisError, RunFolder, read_csv, show_ms
 from kdclimb.campaign import check_tokens, data_id, read_decisions, token_needs, token_supply
 from kdclimb.config import RunConfig
@@ -362,6 +361,8 @@ def _projected(probe: Path, named: list[Run]) -> dict[str, float]:
     """{candidate: projected ms}, from the probes of exactly these candidates."""
     if not probe.is_file():
         return {}
+    from kdclimb.analysis.selection import PROBE_COLUMNS  # here: it imports scipy, and each parse this module
+
     probes = {run.run_id for run in named if run.arm == "probe"}
     rows = [row for row in read_csv(probe, PROBE_COLUMNS) if row["run_id"] in probes]
     return {row["candidate"]: row["projected_ms"] for row in rows if row["projected_ms"] is not None}

@@ -10,8 +10,12 @@ from kdclimb.config import KDConfig, MuonConfig, PolicyConfig, ScheduleConfig
 
 
 def stage(schedule: ScheduleConfig, step: int) -> int:
-    """Index of the equal stage of the scheduled steps that `step` lies in; the extension belongs to the last."""
-    return min(step, schedule.scheduled - 1) * len(schedule.batch_tokens) // schedule.scheduled
+    """Index of the equal stage of the scheduled steps that `step` lies in; the extension belongs to the last.
+
+    A stage begins at the step nearest to its share, as in the speedrun.
+    """
+    stages = len(schedule.batch_tokens)
+    return max(i for i in range(stages) if step >= round(i * schedule.scheduled / stages))
 
 
 def batch_tokens(schedule: ScheduleConfig, step: int) -> int:
@@ -19,8 +23,12 @@ def batch_tokens(schedule: ScheduleConfig, step: int) -> int:
 
 
 def total_tokens(schedule: ScheduleConfig, steps: int | None = None) -> int:
-    """Tokens of the first so many steps; of the whole horizon by default."""
-    return sum(batch_tokens(schedule, step) for step in range(schedule.horizon if steps is None else steps))
+    """Tokens of the first so many steps; of the whole horizon by default. By stages, since a horizon may be long."""
+    steps, stages = schedule.horizon if steps is None else steps, len(schedule.batch_tokens)
+    scheduled = min(steps, schedule.scheduled)
+    ends = [min(scheduled, -(-i * schedule.scheduled // stages)) for i in range(stages + 1)]
+    tokens = sum(size * (end - start) for size, start, end in zip(schedule.batch_tokens, ends, ends[1:]))
+    return tokens + (steps - scheduled) * batch_tokens(schedule, schedule.scheduled)
 
 
 def kd_tokens(schedule: ScheduleConfig, kd: KDConfig) -> int:
@@ -56,9 +64,9 @@ def mtp_weights(schedule: ScheduleConfig, step: int) -> list[float]:
     stages, at = len(schedule.batch_tokens), stage(schedule, step)
     rows = schedule.mtp_weights if len(schedule.mtp_weights) > 1 else schedule.mtp_weights * stages
     start, end = rows[at], rows[min(at + 1, stages - 1)]
-    x = min(step, schedule.scheduled) * stages / schedule.scheduled - at
+    x = min(1.0, max(0.0, step * stages / schedule.scheduled - at))
     labels = max(i + 1 for i, pair in enumerate(zip(start, end, strict=True)) if max(pair) > 0)
-    return [a + (b - a) * min(1.0, x) for a, b in zip(start[:labels], end[:labels], strict=True)]
+    return [a + (b - a) * x for a, b in zip(start[:labels], end[:labels], strict=True)]
 
 
 def base_lr(schedule: ScheduleConfig, step: int) -> float:

@@ -69,6 +69,8 @@ class StudentSection:
     untie_frac: float
     softcap: tuple[float, ...] | None
     attention_scale: float
+    qk_norm: bool
+    half_rotary: bool
     long_layers: tuple[int, ...]
     attention_free_layers: tuple[int, ...]
     paired_layers: tuple[int, ...]

@@ -25,7 +25,7 @@ from kdclimb.artifacts import Damaged, write_via
 from kdclimb.attention import to_device
 from kdclimb.cache import TargetCache
 from kdclimb.config import RunConfig
-from kdclimb.data import Dataset
+from kdclimb.data import Batch, Dataset
 from kdclimb.distill import KDController
 from kdclimb.evaluate import validate
 from kdclimb.kernels import DenseTeacher, DistillLoss, distill_loss
@@ -45,7 +45,10 @@ def fix_order(config: RunConfig) -> None:
     torch's operators do then, or raise, and our own ask torch. To be called before the process first uses the GPU.
     """
     on_cpu = config.device == "cpu"
-    torch.use_deterministic_algorithms(on_cpu or config.deterministic)
+    if on_cpu:
+        torch.set_deterministic_debug_mode("error")  # the same without importing the compiler, a second and a half
+    else:
+        torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one of the two that torch accepts then
     torch.utils.deterministic.fill_uninitialized_memory = on_cpu  # no order's part, and a GPU's logits are gigabytes
@@ -240,28 +243,17 @@ class Trainer:
         num_tokens = schedule.batch_tokens(sched, self.step)
         num_micro = num_tokens // sched.micro_batch_tokens
         self.model.set_windows(*schedule.windows(sched, self.step))
-        weights = torch.tensor(schedule.mtp_weights(sched, self.step))
-        options = {"head_dtype": sched.head_dtype, "student_softcap": self.model.softcap}
-        options["mtp_weights"] = None if len(weights) == 1 else to_device(weights, self.device)
         with_teacher = self.kd.micro_batches(self.step, num_micro) if self.kd else 0
-        alpha = self.kd.alpha(self.step, self.tokens) if with_teacher else 0.0
-        measure_share = self.step % SHARE_EVERY == 0
-        losses = []
+        options, losses = self._loss_options(), []
         for micro in range(num_micro):
             with self.region("data"):
                 batch = self.stream.next_batch(sched.micro_batch_tokens, self.device)
             with self.region("student"):
                 hidden = self.model(batch.inputs, batch.documents)
             if micro < with_teacher:
-                share = measure_share and micro == 0
-                with self.region("teacher"):
-                    target = self.kd.target(batch, self.tokens // sched.micro_batch_tokens + micro)
-                with self.region("loss"):
-                    loss = self.kd.loss(hidden, self.model, target, batch, alpha=alpha, measure_share=share, **options)
+                loss = self._taught(hidden, batch, micro, options)
             else:
-                with self.region("loss"):
-                    target, weights = self._uniform(hidden)
-                    loss = distill_loss(hidden, self.model.head_weight, target, batch.labels, **weights, **options)
+                loss = self._untaught(hidden, batch, options)
             with self.region("backward"):
                 (loss.total / num_micro).backward()
             losses.append(loss)
@@ -277,10 +269,44 @@ class Trainer:
             )
         self.step += 1
         self.tokens += num_tokens
+        return {"lr_mult": mult, "batch_tokens": num_tokens} | self._row(losses, with_teacher, grad_norm)
+
+    def _loss_options(self) -> dict:
+        """What the loss of each micro-batch of this step is given."""
+        weights = torch.tensor(schedule.mtp_weights(self.config.schedule, self.step))
+        return {
+            "head_dtype": self.config.schedule.head_dtype,
+            "student_softcap": self.model.softcap,
+            "mtp_weights": None if len(weights) == 1 else to_device(weights, self.device),
+        }
+
+    def _taught(self, hidden: torch.Tensor, batch: Batch, micro: int, options: dict) -> DistillLoss:
+        """The loss of this step's micro-batch number `micro`, which has a teacher."""
+        with self.region("teacher"):
+            target = self.kd.target(batch, self.tokens // self.config.schedule.micro_batch_tokens + micro)
+        share = self.step % SHARE_EVERY == 0 and micro == 0
+        alpha = self.kd.alpha(self.step, self.tokens)
+        with self.region("loss"):
+            return self.kd.loss(hidden, self.model, target, batch, alpha=alpha, measure_share=share, **options)
+
+    def _untaught(self, hidden: torch.Tensor, batch: Batch, options: dict) -> DistillLoss:
+        with self.region("loss"):
+            target, weights = self._uniform(hidden)
+            return distill_loss(hidden, self.model.head_weight, target, batch.labels, **weights, **options)
+
+    def _uniform(self, hidden: torch.Tensor) -> tuple[DenseTeacher | None, dict]:
+        """Label smoothing as KD from a uniform teacher, whose KL has the same gradient: all its logits are 0."""
+        weight = self.config.label_smoothing
+        if not weight:
+            return None, {}
+        teacher = DenseTeacher(torch.zeros_like(hidden), self.model.head_weight.detach(), None)
+        return teacher, {"hard_weight": 1.0 - weight, "soft_weight": weight}
+
+    def _row(self, losses: list[DistillLoss], with_teacher: int, grad_norm: torch.Tensor) -> dict:
+        """What a step's losses come to, the first so many of which had a teacher: its one wait for the device."""
         kept = {"kept": self.kd.kept} if with_teacher and self.kd.kept is not None else {}
-        measured = _on_host(losses, with_teacher, grad_norm=grad_norm, **kept)  # the step's one wait for the device
-        row = {"lr_mult": mult, "batch_tokens": num_tokens}
-        row |= {"loss_hard": measured["hard"], "grad_norm": measured["grad_norm"]}
+        measured = _on_host(losses, with_teacher, grad_norm=grad_norm, **kept)
+        row = {"loss_hard": measured["hard"], "grad_norm": measured["grad_norm"]}
         if self.model.windows[0] is not None:
             row |= dict(zip(("window_short", "window_long"), self.model.windows[0], strict=True))
         if self.kd is not None:
@@ -297,14 +323,6 @@ class Trainer:
         if self.kd:
             return self.kd.stop_step
         return None if self.kd_stop_step is None or self.step < self.kd_stop_step else self.kd_stop_step
-
-    def _uniform(self, hidden: torch.Tensor) -> tuple[DenseTeacher | None, dict]:
-        """Label smoothing as KD from a uniform teacher, whose KL has the same gradient: all its logits are 0."""
-        weight = self.config.label_smoothing
-        if not weight:
-            return None, {}
-        teacher = DenseTeacher(torch.zeros_like(hidden), self.model.head_weight.detach(), None)
-        return teacher, {"hard_weight": 1.0 - weight, "soft_weight": weight}
 
     def validate(self, progress) -> None:
         teacher = None if self.kd is None else self.kd.teacher

@@ -4,7 +4,6 @@ the server is away. No one is stopped for it: what comes back goes on where it w
 
 from __future__ import annotations
 
-import faulthandler
 import io
 import sys
 import threading
@@ -25,7 +24,7 @@ _waits: dict[object, tuple[object, float]] = {}  # what is waited for, and since
 def waiting(what: object) -> Iterator[None]:
     """Say `what` (a file, or a key of the config) on stderr, again and again, while the block takes longer than EVERY.
 
-    For blocks that are short where the disk answers. Where one keeps the GIL, what is said is Python's own traceback.
+    For blocks that are short where the disk answers, and that wait without the GIL.
     """
     _watch()
     key = object()
@@ -43,8 +42,6 @@ def _watch() -> None:
 
 def _look() -> None:
     while True:
-        # A wait that keeps the GIL, as for a page of a mapped file, silences this thread too, and then this one speaks.
-        faulthandler.dump_traceback_later(3 * EVERY, file=sys.__stderr__)
         time.sleep(EVERY)
         for what, since in list(_waits.values()):
             if (waited := time.monotonic() - since) >= EVERY:

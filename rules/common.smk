@@ -247,9 +247,14 @@ def run_flags(*arms):
 
 
 @functools.cache
-def code(rule):
-    """The hash of a rule's script and all it imports: Snakemake doesn't look inside packages."""
+def code_hash(rule):
+    """Of a rule's script and all it imports: Snakemake doesn't look inside packages."""
     return source_hash(f"workflow/scripts/{rule}.py")
+
+
+def code(rule):
+    """Params function: that hash, so that the parse in a job asks for the job's own alone."""
+    return lambda wildcards: code_hash(rule)
 
 
 def assets_hash():
@@ -294,7 +299,7 @@ def train_code(run_id):
     status = Path(f"results/runs/{run_id}/status.json")
     if CAMPAIGN.code == "frozen" and status.is_file():
         return read_sealed(status, remedy(status.parent), or_plain=True)["code_hash"]
-    return code("train")
+    return code_hash("train")
 
 
 def compile_cache():

@@ -32,6 +32,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """Workers side by side have their own cores, since threads of two trainings on one core wait for each other by
     spinning; and so each has a device of its own: the lock of kdclimb's DeviceLease is in the temporary folder.
+
+    Slurm's comes on top, and its jobs use all cores. The shares are equal, as a campaign's tables tell its threads.
     """
     config.measured = []  # lines of what the tests of tests/faults did
     if config.option.faults:
@@ -40,8 +42,9 @@ def pytest_configure(config):
         config.option.fuzz_seconds = 600.0 if config.option.faults else 0.0
     if WORKER is None:
         return
-    number, count = int(WORKER.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    os.sched_setaffinity(0, CORES[number::count] or CORES)
+    others = max(1, int(os.environ["PYTEST_XDIST_WORKER_COUNT"]) - 1)
+    share, number = max(1, len(CORES) // others), int(WORKER.removeprefix("gw")) % others
+    os.sched_setaffinity(0, CORES[number * share :][:share] or CORES)
     own = Path(config.option.basetemp).with_name(f"{WORKER}-tmp")
     own.mkdir()
     os.environ["TMPDIR"], tempfile.tempdir = str(own), None
@@ -49,12 +52,28 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """One worker has all tests of Slurm, and begins with them, since they wait more than they compute."""
+    """The first worker has Slurm's tests alone, since they wait more than they compute. Others are handed out by ones,
+    so that no worker ends long before another.
+    """
     from xdist.scheduler import LoadScopeScheduling  # which hands out the largest scope first
 
     class Scheduler(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             return "slurm" if nodeid.startswith("tests/slurm/") else nodeid
+
+        def schedule(self):
+            self.assigned_work = dict(sorted(self.assigned_work.items(), key=lambda item: item[0].gateway.id))
+            super().schedule()
+
+        def _assign_work_unit(self, node):
+            if node.gateway.id == "gw0" and len(self.nodes) > 1 and next(iter(self.workqueue)) != "slurm":
+                node.shutdown()
+            else:
+                super()._assign_work_unit(node)
+
+        def _reschedule(self, node):
+            if not self.workqueue or self._pending_of(self.assigned_work[node]) < 2:  # the next one is asked for ahead
+                super()._reschedule(node)
 
     return Scheduler(config, log)
 
@@ -134,4 +153,6 @@ def _folder(item):
 
 def _place(item):
     folder = _folder(item)
-    return bool(item.get_closest_marker("slow")), FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
+    awaited = WORKER is not None and "small" in item.fixturenames  # by Slurm's tests, which compare with it
+    place = FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
+    return not awaited, bool(item.get_closest_marker("slow")), place

@@ -91,8 +91,7 @@ def _flat(softcap: Softcap | None) -> list[float]:
     return [] if softcap is None else [softcap.a, softcap.b, softcap.c]
 
 
-@torch.library.custom_op("kdclimb::distill_loss", mutates_args=())
-def _operator(
+def _loss(
     hidden: Tensor,
     head: Tensor,
     teacher_hidden: Optional[Tensor],  # noqa: UP045 (torch reads these annotations)
@@ -224,6 +223,11 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
         total.copy_(a @ b)
     else:
         total.add_(a @ b)
+
+
+_operator = torch.library.custom_op("kdclimb::distill_loss", _loss, mutates_args=())
+# Once more, as it is: what custom_op makes of it imports torch's compiler, a second and a half.
+torch.library.impl("kdclimb::distill_loss", "cpu", _loss)
 
 
 @_operator.register_fake

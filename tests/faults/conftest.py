@@ -1,23 +1,19 @@
 """A run of the tiny campaign to damage, and a mount that hangs."""
 
 import pytest
-from configs import ROOT, merged
+from configs import prepare_tiny
 from hanging import HangingMount
 from training import train
 
-from kdclimb import campaign, expansion
-from kdclimb.prepare import prepare
+from kdclimb import expansion
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
     """(results, manifest, config) of the tiny campaign's data and first CE run. Read only: copy it to change it."""
     results = tmp_path_factory.mktemp("made") / "results"
-    tiny = campaign.load(merged("tests/tiny.yaml"), ROOT)
-    data = campaign.data_id(tiny, ROOT)
-    prepare(campaign.data_spec(tiny, ROOT), results / "data" / data, ROOT)
-    config = expansion.expand(tiny, {}, data)[0].config
-    manifest = results / "data" / data / "manifest.json"
+    tiny, manifest = prepare_tiny(results)
+    config = expansion.expand(tiny, {}, manifest.parent.name)[0].config
     assert train(config, results / "runs" / config.run_id, manifest) == 0
     return results, manifest, config
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from kdclimb import campaign, expansion, logs, shards, unpickle
 from kdclimb.config import ConfigError, RunConfig
+from kdclimb.configfiles import read_file
 from kdclimb.text import read_documents
 
 QUIET = {"database": None, "deadline": None, "suppress_health_check": list(HealthCheck)}
@@ -68,6 +69,7 @@ ODD = st.one_of(
     st.integers(-3, 10**7),
     st.floats(allow_nan=True),
     st.text(max_size=12),
+    st.sampled_from([10**400, -(10**400), 10**15, [10**15], -0.0, 5e-324, 1e308]),
     st.sampled_from(["; rm -rf ~", "$(id)", "../../x", "tiny\n", "a b", "<script>", "-n", "", "nan"]),
     st.lists(st.integers(-2, 300), max_size=4),
     st.lists(st.lists(st.floats(0, 2), max_size=3), max_size=3),
@@ -163,6 +165,77 @@ def test_a_name_that_a_shell_or_a_page_could_take_for_more_is_refused(name):
 def test_a_name_that_is_too_long_for_a_folder_is_refused():
     with pytest.raises(ConfigError, match="^campaign: "):
         campaign.load(TINY | {"campaign": "x" * 101}, ROOT)
+
+
+@pytest.mark.parametrize(
+    ("overlay", "said"),
+    [
+        ({"kd": {"norm_max": 10**400}}, "kd.norm_max: 1000"),
+        ({"campaign": "a" * 10**6}, "campaign: 'aaa"),
+        ({5: 1, True: 2, None: 3}, "5: unknown key"),
+    ],
+)
+def test_a_value_beyond_all_bounds_is_named_on_a_short_line(overlay, said):
+    with pytest.raises(ConfigError) as caught:
+        campaign.load(merged("tests/tiny.yaml", overlay), ROOT)
+    assert str(caught.value).startswith(said) and len(str(caught.value)) < 1000
+
+
+def test_a_horizon_beyond_all_bounds_is_refused_at_once(tmp_path):
+    (tmp_path / "some.txt").write_text("word " * 2000)
+    overlay = {"train": {"horizons": [10**15]}, "data": {"text": {"files": [str(tmp_path / "some.txt")]}}}
+    found = campaign.load(merged("tests/tiny.yaml", overlay), ROOT)
+    with pytest.raises(ValueError, match="^data.max_epochs: "):
+        campaign.check_tokens(found, ROOT, ROOT / "results/none")
+
+
+def tenfold(entry: str) -> str:
+    """A YAML file whose few lines stand for 10**8 values; `entry` has what a line says of the one before it."""
+    lines = [f"x{i}: &x{i} {entry.format(', '.join([f'*x{i - 1}'] * 10))}" for i in range(1, 9)]
+    return "\n".join(["x0: &x0 {a: 1}", *lines])
+
+
+CONFIG_FILES = {
+    tenfold("[{}]"): "more than 100,000 values",
+    tenfold("{{<<: [{}]}}"): "more than 100,000 values",
+    "campaign: &a [*a]": "holds itself",
+    "train: &a {seeds: *a}": "holds itself",
+    "[" * 100_000: "nested too deeply",
+    '{"a":' * 100_000: "nested too deeply",
+    "kd: {alpha: 1}\ntrain: {}\nkd: {}": "line 3: kd is there twice",
+    '{"kd": {"alpha": 1, "alpha": 2}}': "alpha is there twice",
+    "kd: {norm_max: " + "9" * 5000 + "}": "a number of 5,000 digits",
+    '{"kd": {"norm_max": ' + "9" * 5000 + "}}": "a number of 5,000 digits",
+    "kd: {norm_max: 0x" + "f" * 5000 + "}": "a number of 5,002 digits",
+    "campaign: " + "a" * 2**21: "is larger than",
+    "__use_yte__: true\n?print(1): {}": "is a template",
+    '{"__use_yte__": true}': "is a template",
+    "campaign: !!python/name:os.system": "not YAML",
+    "campaign: !!python/object/apply:os.system [id]": "not YAML",
+    "a: 1\n---\nb: 2": "not YAML",
+    "a: \0": "not YAML",
+    "? [a, b]\n: 3": "not YAML",
+    "a: 2020-99-99": "month must be",
+    b"\xff\xfe": "can't be read",
+}
+
+
+@pytest.mark.parametrize("content", CONFIG_FILES, ids=lambda content: str(content[:20]))
+def test_a_config_file_holds_keys_and_values_or_is_refused_by_name(content, tmp_path):
+    path, said = tmp_path / "some.yaml", CONFIG_FILES[content]
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError) as caught:
+        read_file(path)
+    line = str(caught.value)
+    assert line.startswith(f"{path}: ") and said in line and "\n" not in line and len(line) < 1000
+
+
+def test_a_config_file_may_have_aliases_and_be_json(tmp_path):
+    path = tmp_path / "some.yaml"
+    path.write_text("a: &a {x: 1}\nb: [*a, *a]\nc: {<<: *a, x: 2}\n")
+    assert read_file(path) == {"a": {"x": 1}, "b": [{"x": 1}] * 2, "c": {"x": 2}}
+    path.write_text('{"a": 1e5}')  # which YAML 1.1 takes for text
+    assert read_file(path) == {"a": 100_000.0}
 
 
 # ---- files ------------------------------------------------------------------------------------------

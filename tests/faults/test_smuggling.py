@@ -11,6 +11,7 @@ import zipfile
 from html.parser import HTMLParser
 
 import pytest
+from checkouts import TINY, Checkout
 from configs import ROOT
 from test_analysis_synthetic import SyntheticCampaign
 
@@ -41,6 +42,17 @@ def test_no_call_runs_what_it_reads():
                 found[file.relative_to(ROOT).as_posix(), name] = words
     assert list(found) == [("kdclimb/unpickle.py", "torch.load")]
     assert found["kdclimb/unpickle.py", "torch.load"]["weights_only"] == "True"
+
+
+@pytest.mark.parametrize("arguments", [[], ["-n"], ["--lint"]])
+def test_a_config_file_that_is_a_template_runs_nothing(arguments, tmp_path):
+    checkout = Checkout(tmp_path / "kdclimb")
+    gone = tmp_path / "gone"
+    text = f"__use_yte__: true\ncampaign: ?open({str(gone)!r}, 'w').name and 'tiny'\n"
+    (checkout.path / "bad.yaml").write_text(text)
+    said = checkout.run(*TINY, "bad.yaml", *arguments, code=1)
+    assert "kdclimb: error: bad.yaml: is a template" in said and "Traceback" not in said
+    assert not gone.exists()
 
 
 def test_free_text_of_a_config_reaches_a_shell_quoted():

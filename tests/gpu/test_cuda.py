@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdclimb import campaign, explain
+from kdclimb import campaign
 from kdclimb.attention import Documents, Span, attention, choose_backend, why_not
 from kdclimb.config import (
     ADAM_KINDS,
@@ -29,6 +29,7 @@ from kdclimb.config import (
     ScheduleConfig,
     ValidationConfig,
 )
+from kdclimb.configfiles import read_config
 from kdclimb.count_ngrams import count, make
 from kdclimb.data import Dataset
 from kdclimb.kernels import DenseTeacher, DynamicNorm, Softcap, distill_loss
@@ -307,7 +308,7 @@ def test_fused_loss_waits_for_nothing_and_replays_as_a_graph():
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "text"
-    values = explain.read_config([])
+    values = read_config([])
     values["data"]["vocab_size"] = 512
     values["data"]["text"] |= {"files": ["data/devils-dictionary.txt.xz"], "val_fraction": 0.2}
     prepare(campaign.data_spec(campaign.load(values, ROOT), ROOT), out, ROOT)
@@ -445,9 +446,6 @@ def any_order_afterwards():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.xfail(
-    run=False, reason="with torch_varlen on an H200, torch 2.11, it did not end in six minutes; docs/LOG.md"
-)
 def test_deterministic_runs_are_equal_to_the_bit(backend, manifest, tmp_path, any_order_afterwards):
     torch.compiler.reset()
     attention_config = AttentionConfig(backend, False)

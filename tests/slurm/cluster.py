@@ -1,7 +1,9 @@
-"""A real Slurm of two nodes on loopback: munged, slurmctld, two slurmd, started by hand and stopped by their pids."""
+"""A real Slurm of four nodes on loopback: munged, slurmctld, slurmd, started by hand and stopped by their pids."""
 
+import contextlib
 import csv
 import ctypes
+import json
 import os
 import shutil
 import signal
@@ -15,8 +17,12 @@ from checkouts import CORES, Checkout
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 CONFIG = Path("/etc/slurm")  # where Debian's Slurm looks: the jobstep plugin drops SLURM_CONF
-NODES = {"node1": "/dev/zero", "node2": "/dev/full"}  # and the device that stands for the GPU of each
-PORTS = {"CTLD_PORT": 26817, "NODE1_PORT": 26818, "NODE2_PORT": 26819, "SRUN_PORTS": "26900-26999"}
+NODES = ("node1", "node2", "node3", "node4")
+GPUS = {"node1": "/dev/zero", "node2": "/dev/full"}  # and the device that stands for it
+PORTS = {"CTLD_PORT": 26817, "SRUN_PORTS": "26900-26999"}
+PORTS |= {f"{node.upper()}_PORT": 26818 + number for number, node in enumerate(NODES)}
+# Seconds to a master's first look at its jobs, which take 15 to 25. Each time that none has ended it sleeps ten more.
+FIRST_LOOK = 8
 
 
 def environment() -> dict[str, str]:
@@ -73,13 +79,13 @@ class Cluster:
 
     def _configure(self) -> None:
         text = (Path(__file__).parent / "slurm.conf").read_text()
-        memory = (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20 - 512) // len(NODES)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20 // 2  # the nodes share it
         host = socket.gethostname().split(".")[0]
         values = {"FOLDER": self.folder, "HOST": host, "CPUS": self.cpus, "MEMORY_MB": memory} | PORTS
         for name, value in values.items():
             text = text.replace(f"@{name}@", str(value))
         (self.folder / "slurm.conf").write_text(text)
-        gpus = "".join(f"NodeName={node} Name=gpu Type=fake File={device}\n" for node, device in NODES.items())
+        gpus = "".join(f"NodeName={node} Name=gpu Type=fake File={device}\n" for node, device in GPUS.items())
         (self.folder / "gres.conf").write_text(gpus)
         key = self.folder / "munge.key"
         key.touch(mode=0o600)
@@ -157,20 +163,24 @@ def _die_with_the_tests() -> None:
 
 
 class Master(Checkout):
-    """A checkout whose slurm/config.yaml is filled in as a user would, with times and sizes of the tiny campaign."""
+    """A checkout whose slurm/config.yaml is filled in as a user would, with times and sizes of the tiny campaign.
+
+    `data`: a results folder with prepared data to start from.
+    """
 
     command = ("snakemake", "--cores", "8", "--profile", "slurm")
 
-    def __init__(self, path: Path, *, minutes: int = 10, threads: int = 1, node: str = "", finished=None):
-        """`node`: the one that may run its jobs, if it is not any."""
-        super().__init__(path, finished)
-        self.constraint = {"SBATCH_CONSTRAINT": node} if node else {}
+    def __init__(self, path: Path, *, partition: str = "gpu", minutes: int = 10, threads: int = 1, data=None):
+        super().__init__(path)
+        if data is not None:
+            shutil.copytree(data, path / "results")
         profile = "slurm/config.yaml"
         text = (path / profile).read_text()
         (path / profile).write_text("".join(line for line in text.splitlines(True) if "slurm_account:" not in line))
+        self.edit(profile, "slurm_partition: gpu", f"slurm_partition: {partition}")
         self.edit(profile, "minutes: 240", f"minutes: {minutes}")
         self.edit(profile, "TERM@120", "TERM@60")
-        self.edit(profile, "checks: 20\n", "checks: 1\n")
+        self.edit(profile, "checks: 20\n", f"checks: {FIRST_LOOK}\n")
         self.edit(profile, "seconds-between-status-checks: 5", "seconds-between-status-checks: 1")
         for rule, memory in {"train": 32000, "train_batch": 32000, "data": 8000}.items():
             self.edit(profile, f"  {rule}:\n    mem_mb: {memory}", f"  {rule}:\n    mem_mb: 2000")
@@ -179,7 +189,17 @@ class Master(Checkout):
 
     def environment(self) -> dict[str, str]:
         found = environment()
-        return found | {"PATH": f"{self.path / '.venv/bin'}:{found['PATH']}"} | self.constraint
+        return found | {"PATH": f"{self.path / '.venv/bin'}:{found['PATH']}"}
+
+    def begin(self, *arguments) -> None:
+        """Start the master beside others. Its output goes to a file, as nobody reads it meanwhile."""
+        with (self.path / "output").open("w") as file:
+            self.process = self.start(*arguments, stdout=file)
+
+    def end(self) -> str:
+        """The output of a master that was begun."""
+        self.process.wait(timeout=600)
+        return (self.path / "output").read_text()
 
     def dry_run(self, *arguments) -> str:
         return call(self.path / ".venv/bin/snakemake", "--cores", 8, "-n", *arguments, cwd=self.path)
@@ -192,10 +212,32 @@ class Master(Checkout):
         """A log that Snakemake may just have deleted, to start its job again."""
         return path.read_text() if path.is_file() else ""
 
-    def wait_for(self, what: str, seen, seconds: float = 90):
+    def wait_for(self, what: str, seen, seconds: float = 120):
         """What `seen()` returns once that is true."""
         end = time.monotonic() + seconds
         while not (found := seen()):
             assert time.monotonic() < end, f"{what}: not within {seconds} s"
-            time.sleep(0.2)
+            time.sleep(0.1)
         return found
+
+    def hold(self, run_id: str, words: str) -> int:
+        """Stop a run's trainer (SIGSTOP) once it has logged these words, so that it does not end, however fast."""
+        folder = self.path / "results/runs" / run_id
+        self.wait_for(words, lambda: words in self.read(folder / "train.log"))
+        trainer = json.loads((folder / ".state/lease.json").read_text())["process"]
+        os.kill(trainer, signal.SIGSTOP)
+        return trainer
+
+
+def is_held(process: int) -> bool:
+    """Whether a process is stopped still, and no SIGTERM waits for it; one that Slurm sends may wake it, too."""
+    try:
+        status = dict(line.split(":\t", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+    except FileNotFoundError:
+        return False
+    return status["State"].startswith("T") and not int(status["ShdPnd"], 16) >> (signal.SIGTERM - 1) & 1
+
+
+def go_on(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGCONT)

@@ -2,6 +2,7 @@
 
 import pytest
 from cluster import Cluster, install
+from configs import prepare_tiny
 
 
 @pytest.fixture(scope="session")
@@ -10,3 +11,11 @@ def cluster(tmp_path_factory):
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))
     yield cluster
     cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A results folder with the tiny campaign's data."""
+    results = tmp_path_factory.mktemp("prepared") / "results"
+    prepare_tiny(results)
+    return results

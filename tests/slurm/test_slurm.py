@@ -3,78 +3,106 @@
 import json
 import os
 import re
+import threading
 from types import SimpleNamespace
 
 import pytest
 from checkouts import CANDIDATES, SMALL, jobs, overlay
-from cluster import NODES, Master, call
+from cluster import GPUS, Master, call, go_on, is_held
+from configs import ROOT, merged
 
+from kdclimb import campaign, expansion
 from kdclimb.analysis.tables import RunFolder
 from kdclimb.jobs import OF_THE_REQUEST
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 TOO_LARGE = {"num_layers": 40, "num_heads": 32, "head_dim": 64, "steps": 30}
-OVER_LIMIT, WITHOUT_MASTER = 3000, 1300  # steps of some 25 ms; the first must take more than a minute on any machine
+OVER_LIMIT, WITHOUT_MASTER = 300, 400  # steps, of which some are left when the run is held
 
 
 def one_run(master: Master, steps: int, **changes) -> tuple[str, list[str]]:
     """The id of a campaign's CE run of so many steps with seed 0, and the arguments that make it alone."""
     changes = {"train": {"horizons": [steps], "seeds": [0]}, "data": {"max_epochs": 1000}} | changes
-    configfiles = overlay(master, "one", **changes)
-    (run_id,) = {r for r in ids_of(master.dry_run("results/tiny/ce/timing.csv", *configfiles)) if "-s0-" in r}
-    return run_id, [f"results/runs/{run_id}/status.json", *configfiles]
+    tiny = campaign.load(merged("tests/tiny.yaml", changes), ROOT)
+    run_id = expansion.expand(tiny, {}, campaign.data_id(tiny, ROOT))[0].run_id
+    return run_id, [f"results/runs/{run_id}/status.json", *overlay(master, "one", **changes)]
 
 
-def ids_of(output: str) -> list[str]:
-    return [line.split("=")[1] for line in output.splitlines() if line.startswith("    wildcards: run=")]
-
-
-def test_training_jobs_ask_for_a_gpu_and_go_to_the_nodes_that_have_one(tmp_path, cluster, finished):
+def test_training_jobs_ask_for_a_gpu_and_go_to_the_nodes_that_have_one(tmp_path, cluster, prepared):
     """First, while no other job is there: each node has one."""
-    master = Master(tmp_path / "kdclimb", finished=finished)
+    master = Master(tmp_path / "kdclimb", data=prepared)
     master.edit("slurm/config.yaml", "gpu_type: default", "gpu_type: fake")
-    configfiles = overlay(master, "gpu", device="cuda")
-    process = master.start("results/tiny/ce/timing.csv", *configfiles)
+    master.begin("results/tiny/ce/timing.csv", *overlay(master, "gpu", device="cuda"))
     master.wait_for("two jobs that have a node", lambda: len(cluster.placed(master.path)) > 1)
     nodes = cluster.placed(master.path)
-    process.kill()
-    assert set(nodes.values()) == set(NODES)
+    master.process.kill()
+    assert set(nodes.values()) == set(GPUS)
     for job in nodes:
         assert "gres:gpu:fake:1" in call("scontrol", "show", "job", job)
-    call("scancel", *nodes)
+    call("scancel", *(job for job, _ in cluster.jobs("PENDING", "RUNNING")))
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory, cluster, finished):
-    """Masters that wait for Slurm while the other tests run: one whose run is over its time limit, one with a candidate
-    that needs too much memory, and one that asks for what no node has.
+def started(tmp_path_factory, cluster, prepared):
+    """Masters that wait for Slurm side by side: the tiny campaign's, one whose run is over its time limit, one with a
+    candidate that needs too much memory, and one that asks for what no node has.
     """
 
     def checkout(name, **options):
-        return Master(tmp_path_factory.mktemp(name) / "kdclimb", node="node1", finished=finished, **options)
+        return Master(tmp_path_factory.mktemp(name) / "kdclimb", **options)
 
-    over, large, refused = checkout("over", minutes=1), checkout("large"), checkout("refused")
+    typed = checkout("typed", threads=len(os.sched_getaffinity(0)))  # as many as the local runs
+    typed.begin(*overlay(typed, "small", cluster={"points_per_job": 2}, **SMALL))
+    over, large = checkout("over", partition="others", minutes=1, data=prepared), checkout("large", partition="others")
     over.run_id, arguments = one_run(over, OVER_LIMIT)
-    over.process = over.start(*arguments)
-    changes = {"teacher": {"candidates": [*CANDIDATES[:1], TOO_LARGE]}}
-    large.process = large.start("results/tiny/teacher/projected.json", *overlay(large, "large", **changes))
+    over.begin(*arguments)
+    threading.Thread(target=hold_until_warned, args=(over,), daemon=True).start()
+    changes = {"train": {"horizons": [75], "seeds": [0]}, "teacher": {"candidates": [*CANDIDATES[:1], TOO_LARGE]}}
+    large.begin("results/tiny/teacher/projected.json", *overlay(large, "large", **changes))
+    refused = checkout("refused", data=prepared)
     refused.edit("slurm/config.yaml", "gpu_type: default", "gpu_type: h100")
     refused.run_id, refused.arguments = one_run(refused, 50, device="cuda")
-    refused.process = refused.start(*refused.arguments)
-    yield SimpleNamespace(over=over, large=large, refused=refused)
-    for master in (over, large, refused):
+    refused.begin(*refused.arguments)
+    yield SimpleNamespace(typed=typed, over=over, large=large, refused=refused)
+    for master in (typed, over, large, refused):
         master.process.kill()
 
 
-def end(master: Master) -> str:
-    """The output of a master that was started."""
-    return master.process.communicate(timeout=400)[0]
+def hold_until_warned(master: Master) -> None:
+    """Have a run do nothing until Slurm tells it that its time is over."""
+    trainer = master.hold(master.run_id, "step 0/")
+    master.wait_for("Slurm's warning", lambda: not is_held(trainer))
+    go_on(trainer)
 
 
-def test_the_tiny_campaign_as_typed_has_the_tables_of_a_local_one(tmp_path, cluster, finished, small, started):
-    master = Master(tmp_path / "slurm", threads=len(os.sched_getaffinity(0)))  # as many as the local runs
-    output = master.run(*overlay(master, "small", cluster={"points_per_job": 2}, **SMALL), timeout=800)
+def test_a_lost_nodes_run_goes_on_and_a_killed_masters_result_is_taken(tmp_path, cluster, prepared, started):
+    master = Master(tmp_path / "kdclimb", partition="lost", data=prepared)
+    run_id, arguments = one_run(master, WITHOUT_MASTER)
+    master.begin(*arguments)
+    folder = master.path / "results/runs" / run_id
+    master.wait_for("a state to go on from", (folder / ".state/resume.safetensors").is_file)
+    job = cluster.job(run_id, "RUNNING")
+    cluster.lose("node4")
+    trainer = master.hold(run_id, "resumed at step")
+    master.process.kill()
+    master.process.wait()
+    assert "RUNNING" in call("squeue", "--noheader", f"--jobs={job}", "--format=%T")
+    call(master.path / ".venv/bin/snakemake", "--unlock", *arguments[1:], cwd=master.path)
+    master.begin(*arguments)
+    master.wait_for("the second master's job", lambda: cluster.job(run_id, "PENDING"))
+    go_on(trainer)
+    output = master.end()
+    assert master.process.returncode == 0, output
+    assert output.count("has been submitted") == 1 and f"--dependency=afterany:{job}" in output
+    assert master.attempts()[run_id] == 2  # the start, and the one after the requeue: nothing was trained again
+    assert master.summary(run_id)["broken"] == "1"
+
+
+def test_the_tiny_campaign_as_typed_has_the_tables_of_a_local_one(cluster, started, request):
+    finished, small = map(request.getfixturevalue, ("finished", "small"))  # while Slurm is at work
+    master, output = started.typed, started.typed.end()
+    assert master.process.returncode == 0, output
     ours = [line for line in output.splitlines() if line.startswith("kdclimb: ")]
     assert ours[0] == "kdclimb: campaign tiny on cpu, through Slurm, at most 8 jobs at a time"
     assert ours[1].startswith("kdclimb: to train") and output.index(ours[1]) < output.index("has been submitted")
@@ -92,27 +120,8 @@ def test_the_tiny_campaign_as_typed_has_the_tables_of_a_local_one(tmp_path, clus
     assert [name for name in expected if tables[name] != expected[name]] == []
 
 
-def test_a_lost_nodes_run_goes_on_and_a_killed_masters_result_is_taken(tmp_path, cluster, finished, started):
-    master = Master(tmp_path / "kdclimb", node="node2", finished=finished)
-    run_id, arguments = one_run(master, WITHOUT_MASTER)
-    process = master.start(*arguments)
-    folder = master.path / "results/runs" / run_id
-    master.wait_for("a state to go on from", (folder / ".state/resume.safetensors").is_file)
-    job = cluster.job(run_id, "RUNNING")
-    cluster.lose("node2")
-    master.wait_for("the requeued job", lambda: "resumed at step" in master.read(folder / "train.log"))
-    process.kill()
-    process.communicate()
-    assert "RUNNING" in call("squeue", "--noheader", f"--jobs={job}", "--format=%T")
-    call(master.path / ".venv/bin/snakemake", "--unlock", *arguments[1:], cwd=master.path)
-    output = master.run(*arguments)
-    assert output.count("has been submitted") == 1 and f"--dependency=afterany:{job}" in output
-    assert master.attempts()[run_id] == 2  # the start, and the one after the requeue: nothing was trained again
-    assert master.summary(run_id)["broken"] == "1"
-
-
 def test_what_no_node_has_is_refused_with_its_reason(started):
-    refused, output = started.refused, end(started.refused)
+    refused, output = started.refused, started.refused.end()
     assert refused.process.returncode != 0
     assert "SLURM sbatch failed" in output and "--gpus=h100:1" in output
     assert "kdclimb retry --status refused" in output
@@ -125,7 +134,7 @@ def test_what_no_node_has_is_refused_with_its_reason(started):
 
 
 def test_a_candidate_out_of_memory_does_not_stop_the_campaign(started):
-    output = end(started.large)
+    output = started.large.end()
     assert started.large.process.returncode == 0, output
     assert output.count("failed, SLURM status is: ") == 2 and "external_jobid: " in output
     assert "Exceeded job memory limit" in output  # of Slurm's log, which the terminal shows
@@ -137,7 +146,7 @@ def test_a_candidate_out_of_memory_does_not_stop_the_campaign(started):
 
 
 def test_a_run_over_its_time_limit_goes_on_and_finishes(started):
-    over, output = started.over, end(started.over)
+    over, output = started.over, started.over.end()
     assert over.process.returncode == 0, output
     folder = over.path / "results/runs" / over.run_id
     interrupted = re.findall(r"interrupted: at step (\d+)", output)  # of Slurm's log, which the terminal shows

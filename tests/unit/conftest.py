@@ -4,11 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from configs import ROOT, merged
+from configs import ROOT, merged, prepare_tiny
 
 from kdclimb import campaign, expansion
 from kdclimb.attention import Documents, Span, attention
-from kdclimb.prepare import prepare
 from kdclimb.run import run
 
 
@@ -18,10 +17,8 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
-def manifest(tiny, tmp_path_factory):
-    out = tmp_path_factory.mktemp("data") / campaign.data_id(tiny, ROOT)
-    prepare(campaign.data_spec(tiny, ROOT), out, ROOT)
-    return out / "manifest.json"
+def manifest(tmp_path_factory):
+    return prepare_tiny(tmp_path_factory.mktemp("prepared"))[1]
 
 
 @pytest.fixture(scope="session")

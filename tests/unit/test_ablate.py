@@ -5,7 +5,7 @@ from configs import merged
 
 from benchmarks import ablate
 from benchmarks.common import read_rows
-from kdclimb.explain import read_config
+from kdclimb.configfiles import read_config
 
 SHARED = (  # what no run is without: shapes, lengths, rates; and what the regime leaves at its default
     "student.num_layers", "student.num_heads", "student.head_dim", "student.attention_scale", "train.horizons",

@@ -14,6 +14,7 @@ from kdclimb.__main__ import main
 from kdclimb.analysis.selection import PROBE_COLUMNS
 from kdclimb.artifacts import write_csv
 from kdclimb.config import ConfigError
+from kdclimb.configfiles import read_config
 from kdclimb.plan import this_device_kind
 from kdclimb.provenance import device_kind
 
@@ -214,7 +215,7 @@ def test_configs_merge_as_in_snakemake(tmp_path, overlays):
         if isinstance(overlay, dict):
             files[-1].write_text(yaml.safe_dump(overlay))
         update_config(over, yaml.safe_load(files[-1].read_text()))
-    assert explain.read_config(files) == merged(over)
+    assert read_config(files) == merged(over)
 
 
 @pytest.mark.parametrize("asked", [["plan"], ["explain", "kd"]])

@@ -10,7 +10,7 @@ from configs import ROOT, merged
 
 from kdclimb import campaign, expansion, schedule
 from kdclimb.attention import Documents, Span, attention
-from kdclimb.config import BoostConfig
+from kdclimb.config import BoostConfig, ConfigError
 from kdclimb.model import GPT, bigram_hash, compile_layer, look_up, rotary, rotary_tables
 from kdclimb.train import compiled_graphs
 
@@ -150,16 +150,36 @@ def test_half_of_each_head_turns_and_by_yarn_less_so_where_it_turns_seldom(tiny)
         next(r.config.model for r in expansion.expand(tiny, {}) if r.arm == "ce"), head_dim=128
     )
     base, factor = rotary(config, (384,))
-    assert len(base) == 32 and base[0] == 1.0 and base[-1] == pytest.approx(1 / 1024) and factor == 1.0
+    assert len(base) == 64 and not base[32:].any() and factor == 1.0
+    whole, base = base, base[:32]
+    assert base[0] == 1.0 and base[-1] == pytest.approx(1 / 1024)
     scales = [0.1 * rotary(config, (384, 896, 1408, 1664)[:n])[1] for n in (1, 2, 3, 4)]
     assert scales == pytest.approx([0.1, 0.117, 0.127, 0.132], abs=1e-3)  # the speedrun's
-    stretched = rotary(config, (384, 896))[0] / base
+    stretched = rotary(config, (384, 896))[0][:32] / base
     turns = 384 * base / (2 * math.pi)
     assert (stretched[turns > 32] == 1).all() and stretched[turns < 1].numpy() == pytest.approx(384 / 896)
     assert rotary(dataclasses.replace(config, yarn=False), (384, 896))[1] == 1.0
-    cos, sin = rotary_tables(5, 4, base, torch.float64)
+    cos, sin = rotary_tables(5, 4, whole, torch.float64)
     assert (cos[..., 32:] == 1).all() and (sin[..., 32:] == 0).all()
     assert torch.equal(sin[2, :, 0], torch.tensor([4.0, 5.0, 4.0, 5.0], dtype=torch.float64).sin())
+
+
+def test_all_of_each_head_turns_where_the_config_says_so(tiny):
+    gpt = model(tiny, half_rotary=False, key_offset=False)
+    pairs = gpt.config.head_dim // 2
+    assert gpt.frequencies.numpy() == pytest.approx([1024 ** (-i / (pairs - 1)) for i in range(pairs)])
+    with pytest.raises(ConfigError, match="key_offset: True is not allowed; allowed: false with half_rotary: false"):
+        model(tiny, half_rotary=False)
+
+
+def test_scores_grow_with_queries_and_keys_only_without_their_norm(tiny):
+    for qk_norm in (True, False):
+        gpt = awake(model(tiny, qk_norm=qk_norm))
+        tokens, documents = torch.randint(0, 384, (40,)), Documents.of([0], 40, "cpu")
+        before = gpt(tokens, documents)
+        with torch.no_grad():
+            gpt.blocks[1].q.mul_(3.0)
+        assert torch.allclose(gpt(tokens, documents), before, atol=1e-4) == qk_norm
 
 
 def test_the_lookups_gradient_is_autograds_and_adds_up(tiny):
@@ -231,6 +251,15 @@ def test_the_extension_is_spent_at_the_floor_and_the_rest_of_the_schedule_ends_b
     assert schedule.base_lr(sched, 504) == 1.0 and schedule.base_lr(sched, 681) == 1.52
     assert schedule.base_lr(sched, 682) < 1.52
     assert [schedule.base_lr(sched, s) for s in (1515, 1554)] == [sched.lr_floor] * 2 < [schedule.base_lr(sched, 1514)]
+
+
+def test_a_stage_begins_at_the_step_nearest_to_its_share_of_the_schedule():
+    config = campaign.load(merged("config/seed155.yaml", {"device": "cpu"}), ROOT)
+    sched = next(
+        r.config.schedule for r in expansion.expand(config, {}) if r.arm == "ce" and r.config.schedule.horizon == 155
+    )
+    assert [schedule.stage(sched, s) for s in (0, 51, 52, 102, 103, 154)] == [0, 0, 1, 1, 2, 2]  # 51.7 and 103.3
+    assert schedule.total_tokens(sched) == 52 * 131072 + 51 * 262144 + 52 * 393216
 
 
 def test_windows_go_by_stages_and_yarn_remembers_the_long_ones():

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DATA = ("fetch", "prepare", "shards", "sources", "supply", "text", "tokenizer")
 LIGHT = (
-    "bundle", "campaign", "config", "expansion", "explain", "imported", "jobs", "lease", "logs", "mirror", "plan",
-    "provenance", "sections", "waiting", *DATA,
+    "bundle", "campaign", "config", "configfiles", "expansion", "explain", "imported", "jobs", "lease", "logs",
+    "mirror", "plan", "provenance", "sections", "waiting", *DATA,
 )  # fmt: skip
 WITHOUT_TORCH = [f"kdclimb.{name}" for name in LIGHT] + sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)

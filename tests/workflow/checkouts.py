@@ -57,12 +57,12 @@ class Checkout:
     def environment(self) -> dict[str, str]:
         return {k: v for k, v in os.environ.items() if not k.startswith(("KDCLIMB", "SNAKEMAKE"))}
 
-    def start(self, *arguments) -> subprocess.Popen:
+    def start(self, *arguments, stdout=subprocess.PIPE) -> subprocess.Popen:
         return subprocess.Popen(
             [*self.command, *arguments],
             cwd=self.path,
             env=self.environment(),
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,

@@ -167,16 +167,16 @@ def test_kd_from_ngrams_is_an_arm_beside_the_sweep(changed):
 
 
 def test_kd_from_a_cache_that_its_runs_share(changed):
-    changed.run(*(arguments := overlay(changed, "cache", kd={"cache": "hidden"})))
+    changed.run(*(arguments := overlay(changed, "cache", kd={"cache": "hidden"}, **SMALL)))
     caches = {folder.name for folder in changed.path.glob("results/caches/*/")}
     ledger = rows(changed.path / "results/tiny/tables/ledger.csv")
     cells = {mode: [row for row in ledger if row["mode"] == mode] for mode in ("kd_screen", "kd_full", "kd_isolate")}
     assert all(row["status"] == "ok" for row in ledger)
-    assert len(caches) == 5  # the screen's, and those of two seeds at two horizons
+    assert len(caches) == 3  # the screen's, and those of a seed at two horizons
     for row in cells["kd_screen"]:  # two points share one
         assert float(row["kd_cache_ms_amortised"]) == pytest.approx(float(row["kd_cache_ms"]) / 2)
     alone = [row for row in cells["kd_full"] if row["kd_cache_ms"] == row["kd_cache_ms_amortised"] != "-"]
-    assert len(cells["kd_full"]) == 4 and len(alone) == 3  # the isolate shares that of its seed at the first horizon
+    assert len(cells["kd_full"]) == 2 and len(alone) == 1  # the isolate shares that of its seed at the first horizon
     assert sorted(row["kd_cache_ms"] == "-" for row in cells["kd_isolate"]) == [False, True, True, True]
     assert "Nothing to be done" in changed.run("-n", *arguments)
     shutil.rmtree(changed.path / "results/caches")  # nothing trains from them any more
@@ -307,7 +307,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_tables(small, checkout):
 
 def test_a_completed_timing_is_never_taken_again(checkout):
     """Measured clock: what a run measured before a kill is what the table holds after it."""
-    arguments = ["results/tiny/ce/timing.csv", *overlay(checkout, "m", budget={"clock": "measured"})]
+    changes = {"train": {"seeds": [0]}, "anchor": {"steps": 2}, "budget": {"clock": "measured"}}
+    arguments = ["results/tiny/ce/timing.csv", *overlay(checkout, "m", **changes)]
     kept = {}
     for seconds in (7, 10, 15, 25, 40):  # on a slow machine nothing is complete after ten
         ended = not checkout.run_and_kill(seconds, *arguments)

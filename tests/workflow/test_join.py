@@ -36,7 +36,7 @@ def test_a_mirror_set_on_a_finished_campaign_gets_all_and_reruns_nothing(changed
 def test_a_mirror_that_cant_be_written_costs_no_result_and_is_said(changed, tmp_path):
     (tmp_path / "file").touch()
     arguments = overlay(changed, "mirror", paths={"mirror": "../file/mirror"})
-    run_id = next(iter(changed.attempts()))
+    run_id = next(name for name in changed.attempts() if name.startswith("cels"))  # a control, on which little depends
     kdclimb(changed, "retry", "--run", run_id)
     output = changed.run(*arguments, code=None)
     assert output.count("paths.mirror: no copy at") >= 2 and "Traceback" not in output  # after the run, and at the end

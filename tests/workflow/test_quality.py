@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from checkouts import ROOT
 
 BIN = Path(sys.executable).parent
@@ -33,6 +34,21 @@ def test_ruff_check():
 
 def test_ruff_format():
     check(BIN / "ruff", "format", "--check", ".")
+
+
+def test_the_slurm_profile_gives_each_of_its_rules_memory_and_cores():
+    """Without, a job has Snakemake's 1 GB, and all of --cores."""
+    text = "\n".join(file.read_text() for file in [ROOT / "Snakefile", *(ROOT / "rules").glob("*.smk")])
+    local = {
+        name
+        for block in re.findall(r"^localrules:\n((?: {4}\w+,\n)+)", text, re.MULTILINE)
+        for name in re.findall(r"\w+", block)
+    }
+    submitted = set(re.findall(r"^(?:rule|checkpoint) (\w+):$", text, re.MULTILINE)) - local
+    profile = yaml.safe_load((ROOT / "slurm/config.yaml").read_text())
+    assert {"train", "data"} < submitted and "compare" in local
+    assert {name for name, given in profile["set-resources"].items() if "mem_mb" in given} == submitted
+    assert profile["set-threads"].keys() == submitted
 
 
 def test_snakefile_is_short():

@@ -16,14 +16,15 @@ FILES = ["run", "test", "envs/setup.sh", "requirements.txt", "requirements-dev.t
 
 # Stands for the base Python and, once `-m venv` copied it there, for .venv/bin/python.
 STUB = r"""#!/usr/bin/env bash
-[[ $1 == -m && $2 != venv ]] && echo "${*:2}" >>calls
+[[ $1 == -m && $2 != venv && $2 != kdclimb.configfiles ]] && echo "${*:2}" >>calls
 case "$1 $2" in
   *version_info*) echo "${STUB_VERSION:-3.11}" ;;
   *'version("torch")'*) echo 2.13.0+cpu ;;
   "-m venv") echo venv >>calls && mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  "-m kdclimb.configfiles") if grep -q __use_yte__ "${@:3}"; then exit 1; fi ;;
   "-m pip") while [[ -e hold-pip ]]; do sleep 0.02; done ;;
   "-m snakemake")
-    if [[ $* == *--unlock* ]]; then rm -r .snakemake/locks; exit; fi
+    if [[ $* == *--unlock* ]]; then while [[ -e hold-unlock ]]; do sleep 0.02; done; rm -r .snakemake/locks; exit; fi
     if [[ -e snakemake.py ]]; then exec "$REAL_PYTHON" snakemake.py; fi
     exit "${STUB_EXIT:-0}"
     ;;
@@ -180,6 +181,13 @@ def test_missing_config_file_is_named(project):
     assert "no config file config/other.yaml" in lines[-1]
 
 
+def test_a_config_file_that_is_refused_never_reaches_snakemake(project):
+    project.write("a.yaml", "__use_yte__: true\n")
+    for arguments in (["--configfile", "a.yaml"], ["-n", "--configfile=a.yaml"]):
+        assert project.run(*arguments)[0] == 1
+    assert project.calls() == []
+
+
 # ---- arguments ----------------------------------------------------------------------------------
 
 
@@ -281,6 +289,21 @@ def test_kill_9_frees_the_lock_though_jobs_live_on(project):
     assert second.wait(timeout=30) == 0
 
 
+def test_what_a_killed_start_left_in_the_lock_is_waited_for(project):
+    project.write(".snakemake/locks/0.output.lock")
+    held = project.write("hold-unlock")
+    first = project.start()
+    until(lambda: project.calls("snakemake --unlock"), "the unlocking")
+    first.kill()
+    first.wait()
+    second = project.start()
+    line = next(line for line in second.stdout if "campaign" not in line)
+    assert line == f"kdclimb: waiting for what a killed ./run (process {first.pid}) left to end\n"
+    held.unlink()
+    output, _ = second.communicate(timeout=30)
+    assert second.returncode == 0, output
+
+
 @pytest.mark.parametrize("how", ["program", "module", "script"])
 def test_refused_beside_a_live_snakemake(project, how):
     project.write("sub/snakemake.py", "import time\ntime.sleep(60)\n")
@@ -345,7 +368,7 @@ def test_second_start_calls_no_pip(bare):
 def test_tests_add_to_what_runs_need(project):
     assert project.run(script="test")[0] == 0
     assert [call.split()[-3:] for call in project.calls("pip")] == [["--require-hashes", "-r", "envs/locked-dev.txt"]]
-    assert project.calls("pytest") == ["pytest -m not gpu -n 2"]
+    assert project.calls("pytest") == ["pytest -m not gpu -n 3"]
     code, lines = project.run("-m", "gpu", "-x", script="test")
     assert code == 0
     assert lines[0] == f"kdclimb: tests on cpu ({cores()})"
