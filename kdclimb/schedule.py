@@ -26,9 +26,9 @@ def batch_tokens(schedule: ScheduleConfig, step: int) -> int:
 
 def total_tokens(schedule: ScheduleConfig, steps: int | None = None) -> int:
     """Tokens of the first so many steps; of the whole horizon by default. By stages, since a horizon may be long."""
-    steps, stages = schedule.horizon if steps is None else steps, len(schedule.batch_tokens)
+    steps = schedule.horizon if steps is None else steps
     scheduled = min(steps, schedule.scheduled)
-    ends = [min(scheduled, -(-i * schedule.scheduled // stages)) for i in range(stages + 1)]
+    ends = [min(scheduled, step) for step in (*stage_starts(schedule), schedule.scheduled)]
     tokens = sum(size * (end - start) for size, start, end in zip(schedule.batch_tokens, ends, ends[1:]))
     return tokens + (steps - scheduled) * batch_tokens(schedule, schedule.scheduled)
 
