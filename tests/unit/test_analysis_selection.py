@@ -72,7 +72,7 @@ def test_projection_under_a_batch_schedule_goes_by_tokens(tmp_path):
     selection.teacher_probe([run], tmp_path / "probe.csv")
     (row,) = read_rows(tmp_path / "probe.csv")
     assert row["probe_step_ms"] == "5.0"
-    assert float(row["projected_ms"]) == pytest.approx(0.005 * 199000)  # not 5 ms x 100 steps
+    assert float(row["projected_ms"]) == pytest.approx(0.005 * 200000)  # not 5 ms x 100 steps
 
 
 def test_projected_filter_keeps_config_order_and_the_exact_budget(tmp_path, budget):
