@@ -212,7 +212,7 @@ def test_runs_of_a_stage_share_a_job_and_the_tables_are_those_of_runs_alone(fini
     assert all(row["status"] == "ok" for file in batches for row in rows(file))
     assert re.search(r"^ce-\S+: step 75/75 val_loss", output, flags=re.MULTILINE)  # as each run alone says
     expected = finished.tables()
-    tables = {name: text for name, text in checkout.tables().items() if not name.startswith("batches/")}
+    tables = checkout.tables()
     assert tables.keys() == expected.keys()
     assert [name for name in expected if tables[name] != expected[name]] == []
     assert "Nothing to be done" in checkout.run("-n", *arguments)
@@ -285,6 +285,19 @@ def test_forgotten_results_are_made_again_in_one_go(changed):
     assert "Nothing to be done" in changed.run("-n", *TINY)
 
 
+def test_what_is_damaged_or_missing_behind_a_finished_report_is_named_and_made_again(changed):
+    before, tables, folder = changed.attempts(), changed.tables(), changed.path / "results/tiny"
+    for name in ("kd/promoted.json", "tables/compare.csv"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole.replace(b"4", b"5", 1))
+        said = changed.run(*TINY, code=1)
+        assert f"results/tiny/{name}: damaged" in said and "delete it" in said and "Traceback" not in said
+        (folder / name).unlink()
+    (folder / "teacher/probe.csv").unlink()
+    changed.run(*TINY)
+    assert changed.tables() == tables and changed.attempts() == before
+
+
 def test_one_target_alone(checkout):
     planned = jobs(checkout.run("-n", "results/tiny/budget.json", *TINY))
     assert sorted(set(planned)) == ["budget", "ce_baseline", "data", "train"] and planned.count("train") == 5
@@ -294,8 +307,8 @@ def test_one_target_alone(checkout):
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_tables(small, checkout):
-    """SIGKILL to ./run alone, again and again, at moments spread over the whole campaign."""
-    arguments = overlay(checkout, "small", **SMALL)
+    """SIGKILL to ./run alone, again and again, at moments spread over the whole campaign, whose runs share jobs."""
+    arguments = overlay(checkout, "small", cluster={"tokens_per_job": 1_000_000}, **SMALL)
     for seconds in (3, 6, 9, 13, 17, 22):
         if not checkout.run_and_kill(seconds, *arguments):
             break
