@@ -27,10 +27,8 @@ def batch_tokens(schedule: ScheduleConfig, step: int) -> int:
 def total_tokens(schedule: ScheduleConfig, steps: int | None = None) -> int:
     """Tokens of the first so many steps; of the whole horizon by default. By stages, since a horizon may be long."""
     steps = schedule.horizon if steps is None else steps
-    scheduled = min(steps, schedule.scheduled)
-    ends = [min(scheduled, step) for step in (*stage_starts(schedule), schedule.scheduled)]
-    tokens = sum(size * (end - start) for size, start, end in zip(schedule.batch_tokens, ends, ends[1:]))
-    return tokens + (steps - scheduled) * batch_tokens(schedule, schedule.scheduled)
+    bounds = [*(min(start, steps) for start in stage_starts(schedule)), steps]
+    return sum(size * (end - start) for size, start, end in zip(schedule.batch_tokens, bounds, bounds[1:]))
 
 
 def kd_tokens(schedule: ScheduleConfig, kd: KDConfig) -> int:

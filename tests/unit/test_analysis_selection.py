@@ -67,12 +67,12 @@ def test_projection_is_the_median_step_times_the_horizon(tmp_path):
 
 def test_projection_under_a_batch_schedule_goes_by_tokens(tmp_path):
     config = make_config(100, batch_tokens=(1000, 2000, 3000), stop_step=5)
-    assert selection.total_tokens(config.schedule) == 34 * 1000 + 33 * 2000 + 33 * 3000
+    assert selection.total_tokens(config.schedule) == 33 * 1000 + 34 * 2000 + 33 * 3000
     run = run_folder(tmp_path / "runs", "probe", "A", config, step_ms=[9.0, 9.0, 4.0, 5.0, 6.0])
     selection.teacher_probe([run], tmp_path / "probe.csv")
     (row,) = read_rows(tmp_path / "probe.csv")
     assert row["probe_step_ms"] == "5.0"
-    assert float(row["projected_ms"]) == pytest.approx(0.005 * 199000)  # not 5 ms x 100 steps
+    assert float(row["projected_ms"]) == pytest.approx(0.005 * 200000)  # not 5 ms x 100 steps
 
 
 def test_projected_filter_keeps_config_order_and_the_exact_budget(tmp_path, budget):

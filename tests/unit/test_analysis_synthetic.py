@@ -20,6 +20,7 @@ from kdclimb.analysis.report import INPUTS
 from kdclimb.analysis.tables import RunFolder
 from kdclimb.artifacts import SUMMARY_COLUMNS
 from kdclimb.config import RunConfig
+from kdclimb.schedule import batch_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 VAL_HEADER = "step tokens train_time_ms val_loss teacher_kl kd_active".split()
@@ -125,7 +126,7 @@ def write_run(runs, config, val=(), step_ms=10.0, status="ok", reason="", shares
     durations = step_ms if isinstance(step_ms, list) else [step_ms] * (schedule.stop_step if done else 0)
     tokens, times, steps = [0], [0.0], []
     for i, duration in enumerate(durations):
-        batch = schedule.batch_tokens[i * len(schedule.batch_tokens) // schedule.horizon]
+        batch = batch_tokens(schedule, i)
         tokens.append(tokens[-1] + batch)
         times.append(times[-1] + duration)
         share = shares[i] if i < len(shares) else ""

@@ -260,6 +260,9 @@ def test_a_stage_begins_at_the_step_nearest_to_its_share_of_the_schedule():
     )
     assert [schedule.stage(sched, s) for s in (0, 51, 52, 102, 103, 154)] == [0, 0, 1, 1, 2, 2]  # 51.7 and 103.3
     assert schedule.total_tokens(sched) == 52 * 131072 + 51 * 262144 + 52 * 393216
+    extended = dataclasses.replace(sched, horizon=157, extension_frac=0.0127)
+    for config, steps in itertools.product((sched, extended), (0, 51, 52, 103, 104, 155)):
+        assert schedule.total_tokens(config, steps) == sum(schedule.batch_tokens(config, i) for i in range(steps))
 
 
 def test_windows_go_by_stages_and_yarn_remembers_the_long_ones():
