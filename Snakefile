@@ -29,6 +29,10 @@ rule all:
     default_target: True
     input:
         f"{RESULTS}/report/index.html",
+        # All that stands behind it, since Snakemake makes what is missing again only where it is asked for.
+        rules.report.input,
+        expand(f"{RESULTS}/teacher/{{name}}", name=["probe.csv", "projected.json", "trained.csv", "measured.json"]),
+        summaries(*ALL_ARMS, after="kd_promote"),
         f"{RESULTS}/logs/mirrored.json" if MIRROR else [],
 
 

@@ -24,7 +24,9 @@ from kdclimb.artifacts import (
     RunFolder,
     last_lines,
     needs_room,
+    read_sealed,
     rehearse_plots,
+    verify,
     write_json,
     write_tables,
 )
@@ -89,7 +91,7 @@ def run(
     with folder.lock():
         _refuse_other_config(out, config)
         dataset = Dataset(manifest)
-        stop = _kd_stop_step(config, policy)
+        stop = policy_stop_step(config, policy)
         key = _key(config, dataset, teacher, threads) | ({"kd_stop_step": stop} if config.lr_policy else {})
         if folder.restore_complete(key, any_code=any_code):
             print(f"{config.run_id}: already complete; its artifacts are back", file=sys.stderr)
@@ -109,12 +111,17 @@ def _refuse_other_config(out: Path, config: RunConfig) -> None:
     write_json(path, config.to_dict())
 
 
-def _kd_stop_step(config: RunConfig, policy: Path | None) -> int | None:
-    """Where KD stopped in the run whose LR policy is followed; None if it did not, or if none is followed."""
+def policy_stop_step(config: RunConfig, policy: Path | None) -> int | None:
+    """Where KD stopped in the run whose LR policy is followed; None if it did not, or if none is followed.
+
+    Raises ValueError for a `policy` that is another run's, and Damaged.
+    """
     if config.lr_policy is None:
         return None
     if policy is None:
         raise ValueError(f"lr_policy: run {config.lr_policy.run} is named, but no --policy file is given")
+    remedy = f"make it again: python -m kdclimb retry --run {config.lr_policy.run}, then ./run"
+    verify(policy, read_sealed(policy.with_name("status.json"), remedy)["files"][policy.name], remedy)
     with policy.open(newline="", encoding="utf-8") as file:
         (row,) = csv.DictReader(file)
     if row["run_id"] != config.lr_policy.run:

@@ -17,7 +17,7 @@ from kdclimb import campaign as campaigns
 from kdclimb import expansion
 from kdclimb import plan
 from kdclimb.analysis.tables import AnalysisError, remedy
-from kdclimb.artifacts import read_sealed
+from kdclimb.artifacts import Damaged, read_sealed
 from kdclimb.config import NGRAM_PREFIX, ConfigError, canonical_json
 from kdclimb.imported import PREFIX
 from kdclimb.jobs import FAILURES, JobErrors, write_batch, write_failures, write_refused
@@ -77,15 +77,24 @@ LONGEST = max(run.tokens for run in campaigns.token_needs(CAMPAIGN).runs)
 _expanded, _decided = {}, {}
 
 
+def decisions():
+    try:
+        return campaigns.read_decisions(Path(RESULTS))
+    except Damaged as error:
+        raise WorkflowError(str(error))
+
+
+decisions()  # here too: an error of an input function comes with a traceback
+
+
 def expand_runs():
     """All runs of the campaign, as far as the decisions taken so far name them; on a cluster, the plan at each news."""
     stamp = campaigns.decisions_stamp(Path(RESULTS))
     if stamp not in _decided:
-        _decided[stamp] = canonical_json(campaigns.read_decisions(Path(RESULTS)))
+        _decided[stamp] = canonical_json(decisions())
     key = _decided[stamp]
     if key not in _expanded:
-        decisions = json.loads(key)
-        found = expansion.expand(CAMPAIGN, decisions, Path(DATA).name)
+        found = expansion.expand(CAMPAIGN, json.loads(key), Path(DATA).name)
         shared = expansion.shared_jobs(CAMPAIGN, found)
         _expanded[key] = (
             found,
@@ -169,8 +178,7 @@ def asked_table(wildcards):
 
 def asked_cache(wildcards):
     """The cache of teacher targets that a folder name stands for."""
-    decisions = campaigns.read_decisions(Path(RESULTS))
-    known = expansion.caches(CAMPAIGN, decisions, Path(DATA).name)
+    known = expansion.caches(CAMPAIGN, decisions(), Path(DATA).name)
     if wildcards.cache not in known:
         raise WorkflowError(f"results/caches/{wildcards.cache}: no run of campaign {CAMPAIGN.campaign} reads it")
     return known[wildcards.cache]

@@ -25,7 +25,9 @@ def pytest_addoption(parser):
     group = parser.getgroup("faults", "the long form of tests/faults")
     group.addoption("--faults", action="store_true", help="tests/faults alone, in its long form")
     group.addoption("--campaigns", type=int, default=20, help="campaigns that are killed and compared (default: 20)")
-    group.addoption("--first", type=int, default=0, help="seed of the first of them, to go on from (default: 0)")
+    group.addoption(
+        "--first", type=int, default=0, help="their first seed, and that of fuzzing, to go on from (default: 0)"
+    )
     group.addoption("--fuzz-seconds", type=float, help="CPU seconds of each fuzzing (default: 600 with --faults)")
 
 

@@ -31,7 +31,7 @@ def effort(request):
     """effort(property, examples): run a hypothesis property in its short form, or as long as the long form is told."""
 
     def call(check, strategy, examples):
-        limit, rounds = request.config.getoption("--fuzz-seconds"), 0
+        limit, first, rounds = request.config.getoption("--fuzz-seconds"), request.config.getoption("--first"), 0
         begun, tried = time.process_time(), 0
         while not rounds or time.process_time() - begun < limit:
             count = 500 if limit else examples
@@ -41,7 +41,7 @@ def effort(request):
                 tried += 1
                 check(value)
 
-            seed(rounds)(settings(max_examples=count, **QUIET)(given(strategy)(counted)))()
+            seed(1_000_000 * first + rounds)(settings(max_examples=count, **QUIET)(given(strategy)(counted)))()
             rounds += 1
         spent = time.process_time() - begun
         request.config.measured.append(f"{request.node.name}: {tried:,} examples in {spent:.0f} CPU seconds")

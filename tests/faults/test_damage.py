@@ -1,5 +1,6 @@
 """Every kind of file, damaged in every way: noticed, named with what to do, and never read as whole."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -14,7 +15,9 @@ from kdclimb.analysis.tables import AnalysisError, RunFolder, read_csv, read_jso
 from kdclimb.artifacts import Damaged, seal
 from kdclimb.artifacts import RunFolder as Folder
 from kdclimb.campaign import read_decisions
+from kdclimb.config import PolicyConfig
 from kdclimb.data import Dataset
+from kdclimb.run import policy_stop_step
 from kdclimb.shards import read_manifest
 from kdclimb.supply import read_lengths
 from kdclimb.teacher import read_description
@@ -47,7 +50,7 @@ def copied(made, tmp_path):
 
 
 def readers(results, made):
-    """{file: what reads it}."""
+    """(file, what reads it)."""
     run = results / "runs" / made[2].run_id
     data = results / "data" / made[1].parent.name
 
@@ -55,8 +58,9 @@ def readers(results, made):
         found = RunFolder.read(f"ce|ce|{run}")
         return found.val, found.steps
 
+    following = dataclasses.replace(made[2], lr_policy=PolicyConfig(made[2].run_id, 0.7, 10))
     tables = results / "tiny"
-    return {
+    found = {
         **{run / name: read_run for name in ("config.json", "status.json", "summary.csv", "val.csv", "steps.csv")},
         run / "checkpoints/model.json": lambda: read_description(run / "checkpoints"),
         run / "checkpoints/model.safetensors": lambda: read_description(run / "checkpoints"),
@@ -70,12 +74,13 @@ def readers(results, made):
             read_decisions(tables),
         ),
     }
+    return [*found.items(), (run / "summary.csv", lambda: policy_stop_step(following, run / "summary.csv"))]
 
 
 @pytest.mark.parametrize(("way", "seed"), WAYS)
 def test_damage_is_noticed_and_named_with_what_to_do(way, seed, copied, made):
     rng = random.Random(f"{way}{seed}")
-    for file, read in readers(copied, made).items():
+    for file, read in readers(copied, made):
         read()
         whole = file.read_bytes()
         damaged = DAMAGE[way](whole, rng)
@@ -88,7 +93,7 @@ def test_damage_is_noticed_and_named_with_what_to_do(way, seed, copied, made):
 
 
 def test_what_is_said_names_a_remedy(copied, made):
-    for file, read in readers(copied, made).items():
+    for file, read in readers(copied, made):
         whole = file.read_bytes()
         file.write_bytes(flip(whole, random.Random(1)))
         with pytest.raises(ValueError) as error:

@@ -285,6 +285,19 @@ def test_forgotten_results_are_made_again_in_one_go(changed):
     assert "Nothing to be done" in changed.run("-n", *TINY)
 
 
+def test_what_is_damaged_or_missing_behind_a_finished_report_is_named_and_made_again(changed):
+    before, tables, folder = changed.attempts(), changed.tables(), changed.path / "results/tiny"
+    for name in ("kd/promoted.json", "tables/compare.csv"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole.replace(b"4", b"5", 1))
+        said = changed.run(*TINY, code=1)
+        assert f"results/tiny/{name}: damaged" in said and "delete it" in said and "Traceback" not in said
+        (folder / name).unlink()
+    (folder / "teacher/probe.csv").unlink()
+    changed.run(*TINY)
+    assert changed.tables() == tables and changed.attempts() == before
+
+
 def test_one_target_alone(checkout):
     planned = jobs(checkout.run("-n", "results/tiny/budget.json", *TINY))
     assert sorted(set(planned)) == ["budget", "ce_baseline", "data", "train"] and planned.count("train") == 5

@@ -347,6 +347,18 @@ def test_stale_locks_are_cleared_with_the_same_config(project):
     assert any("clearing the locks" in line for line in lines)
 
 
+def test_a_record_of_snakemakes_that_is_no_text_is_dropped(project):
+    whole, damaged = (
+        project.write(".snakemake/metadata/YQ==", '{"a": "\u00e4"}'),
+        project.write(".snakemake/metadata/Yg=="),
+    )
+    damaged.write_bytes(b'{"b": "\xc1"}')
+    code, lines = project.run()
+    assert code == 0 and whole.exists() and not damaged.exists()
+    assert next(line for line in lines if "damaged" in line).startswith("kdclimb: dropping .snakemake/metadata/Yg==")
+    assert not [line for line in project.run()[1] if "damaged" in line]
+
+
 def test_nothing_to_clear_costs_no_call(project):
     project.write(".snakemake/log/x")
     assert project.run()[0] == 0
