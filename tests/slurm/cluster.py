@@ -230,6 +230,7 @@ class Master(Checkout):
         self.wait_for(words, lambda: words in self.read(folder / "train.log"))
         trainer = json.loads((folder / ".state/lease.json").read_text())["process"]
         os.kill(trainer, signal.SIGSTOP)
+        self.wait_for("its stop", lambda: is_held(trainer))  # which it makes when it next has a core
         return trainer
 
 
