@@ -152,6 +152,10 @@ class Cluster:
         for daemon in self.daemons:
             daemon.terminate()
             daemon.wait(timeout=20)
+        for environ in Path("/proc").glob("[0-9]*/environ"):  # what a lost node has forgotten
+            with contextlib.suppress(OSError):  # it has ended just now
+                if b"SLURM_CLUSTER_NAME=kdclimb" in environ.read_bytes().split(b"\0"):
+                    os.kill(int(environ.parent.name), signal.SIGKILL)
         for name in ("slurm.conf", "gres.conf"):
             (CONFIG / name).unlink(missing_ok=True)
 
@@ -226,6 +230,7 @@ class Master(Checkout):
         self.wait_for(words, lambda: words in self.read(folder / "train.log"))
         trainer = json.loads((folder / ".state/lease.json").read_text())["process"]
         os.kill(trainer, signal.SIGSTOP)
+        self.wait_for("its stop", lambda: is_held(trainer))  # which it makes when it next has a core
         return trainer
 
 
