@@ -73,7 +73,7 @@ PARTS: dict[str, dict[str, object]] = {  # what switches it off
     "Polar Express": {"optim.muon.orthogonalize": "newton_schulz"},
     "LR of the MLP's output": {"optim.muon.lr_mults": []},
     "momentum's warm-up": {"optim.muon.momentum_min": 0.95},
-    "Adam's every second step": {"optim.adam.every": 1},
+    "Adam in every step": {"optim.adam.every": 2},
     "Adam's groups": {"optim.adam.groups": [{"kinds": list(ADAM_KINDS), **ADAM}]},
 }
 

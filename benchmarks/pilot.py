@@ -44,8 +44,8 @@ BOOST = BoostConfig(2.0, 0.15, 0.30)
 TEACHERS = {"dense": "teacher", "small": "small", "bigram": "bigram", "trigram": "trigram"}
 CONFIDENCE = 0.95
 RUN_COLUMNS = (
-    "block arm seed run_id status shared_device teacher teacher_ms steps train_time_ms final_val gain kd_step_share kd_overhead "
-    "kd_share_first kd_share_mean"
+    "block arm seed run_id status shared_device teacher teacher_ms steps train_time_ms final_val gain kd_step_share "
+    "kd_overhead kd_share_first kd_share_mean"
 ).split()
 CURVE_COLUMNS = "block arm seed step tokens train_time_ms val_loss gain".split()
 PAIR_COLUMNS = (

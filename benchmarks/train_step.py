@@ -80,7 +80,7 @@ def synchronize() -> None:
 
 def first_step(sched: ScheduleConfig, stage: int) -> int:
     """The first even step of a stage from which two can be taken without measuring kd_share, which takes longer."""
-    first = next(step for step in range(sched.horizon) if schedule.stage(sched, step) == stage)
+    first = schedule.stage_starts(sched)[stage]
     first += first % 2
     return first if first % SHARE_EVERY else first + 2
 

@@ -179,11 +179,16 @@ def import_(file: Path, results: Path, any_code: bool) -> str:
 
 
 def _times(index: Index) -> dict[str, int]:
-    """{path: its mtime in ns}: as it was, but not in the future, and the campaign's files older than the runs."""
+    """{path: its mtime in ns}: as it was, but not in the future, and the campaign's files older than the runs.
+
+    Not its lists of runs that shared a job: a list that is older than what its runs were made from is made again, by
+    training.
+    """
     late = max(0, *(entry.mtime_ns - time.time_ns() for entry in index.files))  # if that machine's clock is ahead
     times = {entry.path: entry.mtime_ns - late for entry in index.files}
     before = min(times.values()) - 10**9
-    return {path: before if path.startswith(f"{index.campaign}/") else mtime for path, mtime in times.items()}
+    made_of_runs = {path for path in times if path.split("/")[0] == index.campaign and path.split("/")[1] != "batches"}
+    return {path: before if path in made_of_runs else mtime for path, mtime in times.items()}
 
 
 def _rank(index: Index, entry: Entry) -> int:

@@ -135,15 +135,21 @@ class Point:
     """One point of the KD grid. Without a boost, hold and drop mean nothing and are left out."""
 
     temperature: float
+    alpha: float | None  # None: the section's
+    token_frac: float | None
     lr_boost: BoostConfig | None
 
     @property
     def name(self) -> str:
-        return f"T{self.temperature:g}{_named(self.lr_boost)}"
+        alpha = "" if self.alpha is None else f"-a{self.alpha:g}"
+        first = "" if self.token_frac is None else f"-first{self.token_frac:g}"
+        return f"T{self.temperature:g}{alpha}{first}{_named(self.lr_boost)}"
 
 
 def grid_points(grid: GridSection) -> list[Point]:
-    return list(dict.fromkeys(Point(*pair) for pair in itertools.product(grid.temperature, _boosts(grid))))
+    """In the order of the grid's keys."""
+    values = grid.temperature, grid.alpha or (None,), grid.token_frac or (None,), _boosts(grid)
+    return list(dict.fromkeys(Point(*each) for each in itertools.product(*values)))
 
 
 @dataclass(frozen=True)
@@ -303,6 +309,11 @@ class Expansion:
         values |= {"teacher": teacher, "cache": None, "temperature": temperature}
         return KDConfig(random_teacher=random_teacher, infer_only=infer_only, **values)
 
+    def kd_at(self, teacher: str, point: Point, *, random_teacher: bool = False) -> KDConfig:
+        """KD as a point of the grid has it."""
+        chosen = {name: getattr(point, name) for name in ("alpha", "token_frac") if getattr(point, name) is not None}
+        return dataclasses.replace(self.kd(teacher, point.temperature, random_teacher=random_teacher), **chosen)
+
     def ce(self) -> list[Run]:
         """At every horizon with every seed, and once for the screen to be held against."""
         train = self.campaign.train
@@ -376,7 +387,7 @@ class Expansion:
     def screen(self, teacher: str) -> list[Run]:
         options = {"horizon": self.first, "seed": self.campaign.kd.screen_seed, "cached": True}
         return [
-            self.run("screen", p.name, boost=p.lr_boost, kd=self.kd(teacher, p.temperature), **options)
+            self.run("screen", p.name, boost=p.lr_boost, kd=self.kd_at(teacher, p), **options)
             for p in grid_points(self.campaign.kd.grid)
         ]
 
@@ -386,7 +397,7 @@ class Expansion:
         for p in grid_points(self.campaign.kd.grid):
             if p.name not in names:
                 continue
-            config = self.kd(teacher, p.temperature)
+            config = self.kd_at(teacher, p)
             kd += [
                 self.run("kd", p.name, horizon=horizon, seed=s, boost=p.lr_boost, kd=config, cached=True)
                 for horizon, s in itertools.product(reversed(self.campaign.train.horizons), seeds)
@@ -399,7 +410,7 @@ class Expansion:
                 ]
             if controls.random_teacher:
                 where = {"horizon": self.first, "seed": self.campaign.kd.screen_seed, "boost": p.lr_boost}
-                config = self.kd(teacher, p.temperature, random_teacher=True)
+                config = self.kd_at(teacher, p, random_teacher=True)
                 random.append(self.run("control_random", p.name, kd=config, **where))
         return kd + policies + random
 

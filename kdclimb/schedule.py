@@ -9,13 +9,15 @@ from __future__ import annotations
 from kdclimb.config import KDConfig, MuonConfig, PolicyConfig, ScheduleConfig
 
 
-def stage(schedule: ScheduleConfig, step: int) -> int:
-    """Index of the equal stage of the scheduled steps that `step` lies in; the extension belongs to the last.
-
-    A stage begins at the step nearest to its share, as in the speedrun.
-    """
+def stage_starts(schedule: ScheduleConfig) -> list[int]:
+    """The first step of each equal stage of the scheduled steps: the nearest to its share, as in the speedrun."""
     stages = len(schedule.batch_tokens)
-    return max(i for i in range(stages) if step >= round(i * schedule.scheduled / stages))
+    return [round(i * schedule.scheduled / stages) for i in range(stages)]
+
+
+def stage(schedule: ScheduleConfig, step: int) -> int:
+    """Index of the stage that `step` lies in; the extension belongs to the last."""
+    return sum(step >= start for start in stage_starts(schedule)) - 1
 
 
 def batch_tokens(schedule: ScheduleConfig, step: int) -> int:

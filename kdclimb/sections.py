@@ -145,6 +145,8 @@ class TeacherSection:
 @dataclass(frozen=True)
 class GridSection:
     temperature: tuple[float, ...]
+    alpha: tuple[float, ...]
+    token_frac: tuple[float, ...]
     lr_boost: tuple[float, ...]
     hold_frac: tuple[float, ...]
     drop_frac: tuple[float, ...]

@@ -182,15 +182,24 @@ class Trainer:
         self.vals: list[dict] = []
 
     def warm_up(self) -> None:
-        """Run every path that the clock will see, with and without the teacher, then start afresh."""
-        for with_teacher in (True, False) if self.kd else (False,):
-            if self.kd and not with_teacher:
-                self.kd.stop_step = self.step
-            for _ in range(max(WARMUP_STEPS, self.config.optim.adam.every)):  # so that Adam steps too
-                if with_teacher and self.kd.advance(self.step, self.tokens):
-                    break
-                self.train_step()
+        """Run every path that the clock will see, each stage's with and without the teacher, then start afresh."""
+        if self.kd:
+            self._warm_up_stages()
+            self.kd.stop_step = 0
+        self._warm_up_stages()
         self.reset()
+
+    def _warm_up_stages(self) -> None:
+        """Steps of each stage that this run reaches: other numbers of labels are other kernels. Ends where KD does."""
+        sched, every = self.config.schedule, self.config.kd.every if self.kd else 1
+        taught = self.kd is not None and self.kd.active
+        for first in schedule.stage_starts(sched):
+            self.step = math.ceil(first / every) * every  # the stage's first with a teacher
+            self.tokens = schedule.total_tokens(sched, self.step)
+            for _ in range(max(WARMUP_STEPS, self.config.optim.adam.every)):  # so that Adam steps too
+                if self.step >= sched.stop_step or (taught and self.kd.advance(self.step, self.tokens)):
+                    return
+                self.train_step()
 
     def train(self, checkpoint, should_stop, progress) -> None:
         """Train to the stop step. `checkpoint()` is called after validations, `should_stop()` after each step."""

@@ -33,8 +33,9 @@ REACHED_COLUMNS = (
 )
 COLLECTED_COLUMNS = (*RUN_COLUMNS, *CROSSING_COLUMNS, "first_val")
 SCREEN_COLUMNS = tuple(
-    "rank label run_id temperature adam_lr lr_boost_mult lr_boost_hold_frac lr_boost_drop_frac status reason "
-    "steps_to_target miss_reason final_val best_val stability first_val kd_stop_step kd_share_mean".split()
+    "rank label run_id temperature kd_alpha kd_token_frac adam_lr lr_boost_mult lr_boost_hold_frac lr_boost_drop_frac "
+    "status reason steps_to_target miss_reason final_val best_val stability first_val kd_stop_step "
+    "kd_share_mean".split()
 )
 
 
@@ -242,13 +243,15 @@ def kd_screen(runs: list[RunFolder], target: Path, out: Path) -> None:
 
 
 def _screen_row(run: RunFolder, target: dict) -> dict:
-    boost = run.config.schedule.lr_boost
+    boost, kd = run.config.schedule.lr_boost, run.config.kd
     shares = [row["kd_share"] for row in run.steps if row["kd_active"] and row["kd_share"] is not None]
     return (
         run.row()
         | crossing(run, target).columns()
         | {
-            "temperature": run.config.kd.temperature if run.config.kd else None,
+            "temperature": kd.temperature if kd else None,
+            "kd_alpha": kd.alpha if kd else None,
+            "kd_token_frac": kd.token_frac if kd else None,
             "adam_lr": run.config.optim.adam.lr,  # all others are in one ratio to it
             "lr_boost_mult": boost.mult if boost else 1.0,
             "lr_boost_hold_frac": boost.hold_frac if boost else None,

@@ -9,7 +9,10 @@ from kdclimb.analysis.tables import RunFolder, show_ms
 TUNING_COLUMNS = (
     "arm n_points n_failed train_steps train_time_ms chosen steps_to_target final_val untuned_final_val edge".split()
 )
-TUNED = ("temperature", "adam_lr", "lr_boost_mult", "lr_boost_hold_frac", "lr_boost_drop_frac")  # of a screen's rows
+TUNED = (  # of a screen's rows
+    "temperature kd_alpha kd_token_frac adam_lr lr_boost_mult lr_boost_hold_frac lr_boost_drop_frac".split()
+)
+NO_MORE = {"kd_alpha": 1.0, "kd_token_frac": 1.0}  # beyond which no value lies
 SCREEN_ARMS = {"ce": "ce_screen", "kd": "screen"}
 
 
@@ -51,7 +54,8 @@ def _edges(rows: list[dict], chosen: dict) -> list[str]:
     edges = []
     for key in TUNED:
         values = {row[key] for row in rows if row[key] is not None}
-        if chosen[key] is not None and len(values) > 1 and chosen[key] in (min(values), max(values)):
+        ends = {min(values), max(values)} - {NO_MORE.get(key)} if values else set()
+        if chosen[key] is not None and len(values) > 1 and chosen[key] in ends:
             edges.append(f"{key} {chosen[key]:g} of {', '.join(f'{value:g}' for value in sorted(values))}")
     return edges
 

@@ -32,5 +32,11 @@ def test_points_and_time_of_each_arm_and_what_lies_on_an_edge(tmp_path):
     assert "not tuned equally" not in words
 
 
+def test_all_of_the_tokens_are_no_edge(tmp_path):
+    grid = [row | {"kd_token_frac": share} for row, share in zip(screened(("A", 0.1), ("B", 0.1)), (0.5, 1.0))]
+    edges = [rows(tmp_path / point, [], grid, None, point)[1]["edge"] for point in "AB"]
+    assert edges == ["kd_token_frac 0.5 of 0.5, 1", ""]
+
+
 def test_unequal_tuning_is_said(tmp_path):
     assert "not tuned equally" in tuning.tuning(rows(tmp_path, [], screened(("C", 0.04)), None, "C"))

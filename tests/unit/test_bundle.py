@@ -46,6 +46,8 @@ def results(tmp_path):
     write_json(results / f"data/{DATA}/manifest.json", {"data_hash": "0123", **shards})
     (results / "tiny/ce").mkdir(parents=True)
     (results / "tiny/ce/timing.csv").write_text("run_id\n")
+    (results / "tiny/batches").mkdir()
+    (results / "tiny/batches/ce-1of1.csv").write_text("run_id,status\n")
     (results / "tiny/logs").mkdir()
     (results / "tiny/logs/compare.log").touch()
     return results
@@ -148,8 +150,10 @@ def test_imported_files_are_in_order_of_age(bundle, results, tmp_path, capsys):
     take(capsys, bundle(), tmp_path / "here")
     here = tmp_path / "here"
     manifest, run, table = (here / name for name in (f"data/{DATA}/manifest.json", RUN, "tiny/ce/timing.csv"))
-    age = {path: path.stat().st_mtime for path in (manifest, run / "status.json", run / "checkpoints", table)}
+    job = here / "tiny/batches/ce-1of1.csv"  # its runs would be trained again
+    age = {path: path.stat().st_mtime for path in (manifest, run / "status.json", run / "checkpoints", table, job)}
     assert age[table] < age[manifest] < age[run / "checkpoints"] == age[run / "status.json"] <= time.time()
+    assert age[manifest] < age[job] <= time.time()
 
 
 def test_data_prepared_here_is_kept_and_dated_back(bundle, results, tmp_path, capsys):

@@ -94,9 +94,25 @@ def test_student_is_the_same_in_ce_and_kd_arms(tiny_runs):
 
 
 def test_grid_points_without_a_boost_are_one_whatever_hold_and_drop():
-    grid = sections.GridSection((1.0,), (1.0, 2.0), (0.1, 0.2), (0.3, 0.4))
+    grid = sections.GridSection((1.0,), (), (), (1.0, 2.0), (0.1, 0.2), (0.3, 0.4))
     names = [p.name for p in expansion.grid_points(grid)]
     assert names == ["T1"] + [f"T1-boost2-hold{h:g}-drop{d:g}" for h in (0.1, 0.2) for d in (0.3, 0.4)]
+
+
+def test_the_grid_varies_alpha_and_the_tokens_with_kd_where_it_names_them(tiny):
+    grid = dataclasses.replace(
+        tiny.kd.grid, temperature=(1.0,), lr_boost=(1.0,), alpha=(0.3, 0.7), token_frac=(0.5, 1.0)
+    )
+    wide = dataclasses.replace(tiny, kd=dataclasses.replace(tiny.kd, grid=grid))
+    names = [p.name for p in expansion.grid_points(grid)]
+    assert names == [f"T1-a{alpha:g}-first{first:g}" for alpha in (0.3, 0.7) for first in (0.5, 1.0)]
+    runs = expand_all(wide)
+    screened = {r.label: (r.config.kd.alpha, r.config.kd.token_frac) for r in runs if r.arm == "screen"}
+    assert screened == dict(zip(names, [(0.3, 0.5), (0.3, 1.0), (0.7, 0.5), (0.7, 1.0)], strict=True))
+    for arm in ("kd", "control_random"):
+        assert {(r.config.kd.alpha, r.config.kd.token_frac) for r in runs if r.arm == arm} == {(0.7, 1.0)}
+    named_none = {(r.config.kd.alpha, r.config.kd.token_frac) for r in expand_all(tiny) if r.arm in ("screen", "kd")}
+    assert named_none == {(tiny.kd.alpha, tiny.kd.token_frac)}
 
 
 def test_decisions_of_another_config_expand_to_nothing(tiny):

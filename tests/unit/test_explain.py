@@ -138,6 +138,8 @@ def test_a_section_lists_its_keys_with_their_values(capsys):
     assert code == 0
     assert [line.split(maxsplit=1) for line in out.splitlines()[2:]] == [
         ["kd.grid.temperature", "[1.0, 2.0]"],
+        ["kd.grid.alpha", "[] fraction of the loss"],
+        ["kd.grid.token_frac", "[] fraction of the tokens"],
         ["kd.grid.lr_boost", "[1.5] multiple of the base LR"],
         ["kd.grid.hold_frac", "[0.15] fraction of the horizon"],
         ["kd.grid.drop_frac", "[0.35] fraction of the horizon"],

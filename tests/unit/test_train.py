@@ -17,7 +17,7 @@ import torch
 from configs import ROOT, merged
 from safetensors.torch import load_file
 
-from kdclimb import campaign, expansion
+from kdclimb import campaign, expansion, schedule
 from kdclimb import lease as lease_module
 from kdclimb import model as model_module
 from kdclimb import optim as optim_module
@@ -372,6 +372,38 @@ def test_warm_up_changes_nothing(tiny_runs, train, tmp_path):
     assert timeless[0] == timeless[1]
     weights = [load_file(x / "checkpoints/model.safetensors") for x in (a, b)]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reached"),
+    [
+        ({}, {(0, 1), (1, 1), (0, 0), (1, 0)}),
+        ({"every": 4}, {(0, 1), (1, 1), (0, 0), (1, 0)}),
+        ({"token_frac": 0.2}, {(0, 1), (0, 0), (1, 0)}),  # KD ends in the first stage
+    ],
+    ids=str,
+)
+def test_warm_up_reaches_each_stage_with_and_without_a_teacher(
+    changes, reached, tiny_runs, manifest, teacher_folder, monkeypatch
+):
+    config = pick(tiny_runs, "kd")
+    config = dataclasses.replace(config, kd=dataclasses.replace(config.kd, **changes))
+    seen, step = set(), Trainer.train_step
+
+    def noting(self):
+        stage = schedule.stage(config.schedule, self.step)
+        row = step(self)
+        seen.add((stage, row["kd_active"]))
+        return row
+
+    monkeypatch.setattr(Trainer, "train_step", noting)
+    trainer = Trainer(config, Dataset(manifest), teacher_folder, "reference")
+    trainer.warm_up()
+    assert seen == reached and (trainer.step, trainer.tokens, trainer.kd.stop_step) == (0, 0, None)
+    seen.clear()
+    trainer.config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, stop_step=20))
+    trainer.warm_up()
+    assert {stage for stage, _ in seen} == {0}  # a probe ends before the second
 
 
 def test_two_runs_at_once_mark_each_other(tmp_path, monkeypatch):

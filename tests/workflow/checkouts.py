@@ -113,9 +113,10 @@ class Checkout:
         return {f.parent.parent.name: int(f.read_text()) for f in self.path.glob("results/runs/*/.state/attempts")}
 
     def tables(self, campaign: str = "tiny") -> dict[str, bytes]:
-        """Every CSV and JSON of the campaign, by its path."""
+        """Every CSV and JSON of the campaign, by its path, but for what says which runs shared a job."""
         folder = self.path / "results" / campaign
-        return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.suffix in (".csv", ".json")}
+        files = [f for f in folder.rglob("*") if f.suffix in (".csv", ".json") and f.parent.name != "batches"]
+        return {str(f.relative_to(folder)): f.read_bytes() for f in files}
 
 
 def jobs(output: str) -> list[str]:
