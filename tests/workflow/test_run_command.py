@@ -359,6 +359,12 @@ def test_a_record_of_snakemakes_that_is_no_text_is_dropped(project):
     assert not [line for line in project.run()[1] if "damaged" in line]
 
 
+def test_a_home_folder_that_cannot_be_written_is_not_needed(project):
+    project.write("snakemake.py", "import os\nopen('cache', 'w').write(os.environ['XDG_CACHE_HOME'])\n")
+    assert project.run(HOME="/proc", XDG_CACHE_HOME="")[0] == 0
+    assert (project.folder / "cache").read_text() == str(project.folder / ".snakemake/cache")
+
+
 def test_nothing_to_clear_costs_no_call(project):
     project.write(".snakemake/log/x")
     assert project.run()[0] == 0
