@@ -214,7 +214,14 @@ PINNED = {
         "alpha": 0.5,
         "isolate_steps": 20,
         "screen_seed": 100,
-        "grid": {"temperature": [1.0, 2.0], "lr_boost": [1.0, 1.5], "hold_frac": [0.15], "drop_frac": [0.35]},
+        "grid": {
+            "temperature": [1.0, 2.0],
+            "alpha": [],
+            "token_frac": [],
+            "lr_boost": [1.0, 1.5],
+            "hold_frac": [0.15],
+            "drop_frac": [0.35],
+        },
     },
 }
 

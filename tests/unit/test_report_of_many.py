@@ -23,6 +23,8 @@ print(json.dumps([time.monotonic() - start, int(peak) / 1024]))
 
 GRID = {
     "temperature": [1 + i / 20 for i in range(20)],
+    "alpha": [],
+    "token_frac": [],
     "lr_boost": [1.0, 1.25, 1.5, 2.0, 3.0],
     "hold_frac": [0.1, 0.15],
     "drop_frac": [0.35, 0.5],
