@@ -148,9 +148,8 @@ class Packer:
     def next_batch(self, tokens: int, device: str) -> Batch:
         with waiting("the token shards"):  # whose pages may have left the memory since they were verified
             pieces, starts = self._fill(tokens + 1)
-            stream = torch.cat(
-                pieces
-            )  # without the GIL, unlike numpy's where pieces are short, so that a wait can be said
+            # Without the GIL, unlike numpy's where pieces are short, so that a wait can be said.
+            stream = torch.cat(pieces)
         starts = [start for start in starts if start < tokens]
         room = math.ceil(ROOM * tokens / self.mean_document)
         return _batch(stream.numpy().view(np.uint16).astype(np.int64), starts, device, self.max_doc_tokens, room)
