@@ -7,6 +7,7 @@ checkpoints wrote. No torch and no I/O: the Snakefile calls this each time it is
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import math
 from dataclasses import dataclass
@@ -93,7 +94,9 @@ def extended(campaign: Campaign, selected: dict, data: str = "unprepared") -> li
 
 
 def shared_jobs(campaign: Campaign, runs: list[Run]) -> dict[str, list[Run]]:
-    """{STAGE-NofM: runs} of the jobs that train several of `runs`, one after the other. Pure.
+    """{STAGE-NofM-HASH: runs} of the jobs that train several of `runs`, one after the other. Pure.
+
+    The hash is of their ids: a job of other runs is another job, and not one that Snakemake takes for made.
 
     The runs of a stage are dealt out in turn, so that its jobs take about as long. A run of several arms is in the
     job of the first; one in no job has its own. So have teachers: others train from their weights, and Snakemake knows
@@ -108,7 +111,10 @@ def shared_jobs(campaign: Campaign, runs: list[Run]) -> dict[str, list[Run]]:
     jobs = {}
     for stage, members in stages.items():
         short, count = _short(campaign, stage, members)
-        jobs |= {f"{stage}-{i + 1}of{count}": short[i::count] for i in range(count)}
+        for i in range(count):
+            dealt = short[i::count]
+            ids = hashlib.sha256(" ".join(run.run_id for run in dealt).encode()).hexdigest()
+            jobs[f"{stage}-{i + 1}of{count}-{ids[:8]}"] = dealt
     return jobs
 
 

@@ -20,6 +20,7 @@ SMALL = {
     "teacher": {"candidates": CANDIDATES[:1]},
     "kd": {"grid": {"temperature": [1.0], "lr_boost": [1.0]}},
     "controls": {"label_smoothing": 0.0, "extra_steps": False, "random_teacher": False},
+    "cluster": {"tokens_per_job": 0},  # a trainer for each run
 }
 
 

@@ -375,7 +375,7 @@ def test_the_plan_on_a_cluster_shares_jobs_out(tmp_path):
     # Six screening points, each as long as the finished CE run, 5 h: two jobs of three points.
     changes = {
         "kd": {"grid": {"temperature": [1.0, 2.0, 3.0], "lr_boost": [1.5, 2.0]}},
-        "cluster": {"points_per_job": 3},
+        "cluster": {"points_per_job": 3, "tokens_per_job": 0},
     }
     config = campaign.load(merged("tests/tiny.yaml", changes), ROOT)
     runs = expansion.expand(config, {}, campaign.data_id(config, ROOT))

@@ -4,6 +4,8 @@ import fcntl
 import io
 import os
 import shutil
+import time
+from types import SimpleNamespace
 
 import pytest
 from configs import ROOT
@@ -157,6 +159,11 @@ def terminal(monkeypatch):
     return Console(width=120, force_terminal=True, file=io.StringIO())
 
 
+def sleep_by(sleep, monkeypatch) -> None:
+    """In `status` alone: the thread of `waiting` sleeps by the same function."""
+    monkeypatch.setattr(status, "time", SimpleNamespace(sleep=sleep, strftime=time.strftime, gmtime=time.gmtime))
+
+
 def test_it_is_shown_anew_until_no_run_is_left(halfway, terminal, monkeypatch):
     halfway.made.baseline()
     slept = []
@@ -165,7 +172,7 @@ def test_it_is_shown_anew_until_no_run_is_left(halfway, terminal, monkeypatch):
         slept.append(seconds)
         halfway.made.run_all()
 
-    monkeypatch.setattr(status.time, "sleep", sleep)
+    sleep_by(sleep, monkeypatch)
     found = status.watch(halfway.reader(), terminal, 7)
     text = terminal.file.getvalue()
     assert slept == [7] and found.over and "no teacher selected yet" in text and "read again every 7 s" in text
@@ -175,7 +182,7 @@ def test_ctrl_c_ends_it_with_what_was_seen_last(halfway, terminal, monkeypatch):
     def interrupt(seconds):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(status.time, "sleep", interrupt)
+    sleep_by(interrupt, monkeypatch)
     assert not status.watch(halfway.reader(), terminal, 5).over
 
 

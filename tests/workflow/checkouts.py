@@ -124,6 +124,11 @@ def jobs(output: str) -> list[str]:
     return re.findall(r"^(?:local)?(?:rule|checkpoint) (\w+):$", output, flags=re.MULTILINE)
 
 
+def trains(output: str) -> bool:
+    """Whether a job of these was a training run's, or that of several."""
+    return not {"train", "train_batch"}.isdisjoint(jobs(output))
+
+
 def overlay(checkout: Checkout, name: str, **changes) -> list[str]:
     """Write a config that changes the tiny one; the arguments that use it."""
     (checkout.path / f"{name}.yaml").write_text(yaml.safe_dump(changes))

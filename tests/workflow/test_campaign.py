@@ -12,7 +12,7 @@ import pytest
 import seed_checkpoints
 import torch
 import yaml
-from checkouts import ROOT, SMALL, TINY, Checkout, jobs, overlay
+from checkouts import ROOT, SMALL, TINY, jobs, overlay, trains
 
 from kdclimb.artifacts import publish
 
@@ -52,20 +52,6 @@ def test_every_stage_leaves_its_result(finished):
         *("control_boost", "control_random", "control_tuned", "control_smooth", "control_extra"),
     }
     assert {r["status"] for r in runs} == {"ok"}
-
-
-def test_a_dry_run_of_a_thousand_points_takes_less_than_ten_seconds_and_a_gibibyte(finished, tmp_path):
-    checkout = Checkout(tmp_path / "kdclimb", finished)
-    grid = {"temperature": [1 + i / 20 for i in range(20)], "lr_boost": [1.01 + i / 100 for i in range(50)]}
-    arguments = overlay(checkout, "wide", kd={"grid": grid})
-    command = [".venv/bin/snakemake", "--cores", "2", "-n", *arguments]
-    with (tmp_path / "output").open("w+") as output:
-        process = subprocess.Popen(command, cwd=checkout.path, stdout=output, stderr=subprocess.STDOUT)
-        _, code, used = os.wait4(process.pid, 0)
-        output.seek(0)
-        text = output.read()
-    assert code == 0 and "\ntrain           999\n" in text, text[-3000:]  # one is there already
-    assert used.ru_utime + used.ru_stime < 10 and used.ru_maxrss < 2**20  # CPU time, as other tests run beside it
 
 
 def test_the_budget_is_a_tenth_of_the_median_ce_time_at_the_longest_horizon(finished):
@@ -116,8 +102,8 @@ def test_a_profile_is_made_when_asked_for_and_then_shown(changed):
     profile = changed.path / "results/tiny/kd/profile.csv"
     assert not profile.exists()
     assert "kd_profile" in jobs(changed.run("results/tiny/kd/profile.csv", *TINY)) and profile.is_file()
-    made = jobs(changed.run(*TINY))
-    assert "report" in made and not {"kd_profile", "train", "compare"} & set(made)
+    output = changed.run(*TINY)
+    assert "report" in jobs(output) and not {"kd_profile", "compare"} & set(jobs(output)) and not trains(output)
     page = (changed.path / "results/tiny/report/index.html").read_text()
     assert 'data-chart="step_parts"' in page and "The largest part of a step: CE only" in page
     profile.unlink()
@@ -190,7 +176,7 @@ def test_points_share_a_job_and_trained_ones_come_back(changed):
     output = changed.run("results/tiny/kd/screen.csv", *arguments)
     assert jobs(output).count("train_batch") == 2 and "train" not in jobs(output)
     assert {name: n for name, n in changed.attempts().items() if "-50-t3-" not in name} == before
-    batches = [rows(file) for file in sorted(changed.path.glob("results/tiny/batches/*.csv"))]
+    batches = [rows(file) for file in sorted(changed.path.glob("results/tiny/batches/screen-*of2-*.csv"))]
     assert [[r["status"] for r in batch] for batch in batches] == [["ok", "ok"], ["ok"]]
     screened = {r["run_id"] for r in rows(changed.path / "results/tiny/kd/screen.csv")}
     assert {r["run_id"] for batch in batches for r in batch} == screened and len(screened) == 3
@@ -199,48 +185,61 @@ def test_points_share_a_job_and_trained_ones_come_back(changed):
     assert jobs(changed.run("-n", "results/tiny/kd/screen.csv", *arguments)).count("train_batch") == 1
 
 
-def test_runs_of_a_stage_share_a_job_and_the_tables_are_those_of_runs_alone(finished, checkout):
-    arguments = overlay(checkout, "shared", cluster={"tokens_per_job": 1_000_000})
-    output = checkout.run(*arguments)
-    made = jobs(output)
+def test_runs_of_a_stage_share_a_job_and_come_back_from_their_folders(finished, changed):
     stages = "ce control_boost controls isolate kd probe screen".split()
-    batches = sorted(checkout.path.glob("results/tiny/batches/*.csv"))
-    assert [file.stem for file in batches] == [f"{stage}-1of1" for stage in stages]
-    assert (
-        made.count("train_batch") == len(stages) and made.count("train") == 2 + 1
-    )  # teachers; CE's screen has but one
+    made, batches = jobs(finished.output), sorted(finished.path.glob("results/tiny/batches/*.csv"))
+    assert [file.stem.rpartition("-")[0] for file in batches] == [f"{stage}-1of1" for stage in stages]
+    assert made.count("train_batch") == len(stages)
+    assert made.count("train") == 2 + 1  # teachers; CE's screen has but one
     assert all(row["status"] == "ok" for file in batches for row in rows(file))
-    assert re.search(r"^ce-\S+: step 75/75 val_loss", output, flags=re.MULTILINE)  # as each run alone says
-    expected = finished.tables()
-    tables = checkout.tables()
-    assert tables.keys() == expected.keys()
-    assert [name for name in expected if tables[name] != expected[name]] == []
-    assert "Nothing to be done" in checkout.run("-n", *arguments)
-    (checkout.path / "results/tiny/batches/kd-1of1.csv").unlink()
-    again = jobs(checkout.run("results/tiny/batches/kd-1of1.csv", *arguments))
-    assert again == ["train_batch"] and set(checkout.attempts().values()) == {1}  # all came back, untouched
-    assert "Nothing to be done" in checkout.run("-n", *arguments)
+    assert re.search(r"^ce-\S+: step 75/75 val_loss", finished.output, flags=re.MULTILINE)  # as each run alone says
+    before, tables = changed.attempts(), changed.tables()
+    (batch,) = changed.path.glob("results/tiny/batches/kd-1of1-*.csv")
+    batch.unlink()
+    again = jobs(changed.run(str(batch.relative_to(changed.path)), *TINY))
+    assert again == ["train_batch"] and changed.attempts() == before  # all came back, untouched
+    assert "Nothing to be done" in changed.run("-n", *TINY)
     (run_id,) = {row["run_id"] for row in rows(batches[0])[:1]}
-    subprocess.run([".venv/bin/python", "-m", "kdclimb", "retry", "--run", run_id], cwd=checkout.path, check=True)
-    alone = jobs(checkout.run(f"results/runs/{run_id}/status.json", *arguments))
-    assert alone == ["train"] and checkout.attempts()[run_id] == 1
-    checkout.run("results/tiny/ce/timing.csv", *arguments)
-    assert checkout.attempts()[run_id] == 1 and checkout.tables()["ce/timing.csv"] == expected["ce/timing.csv"]
+    subprocess.run([".venv/bin/python", "-m", "kdclimb", "retry", "--run", run_id], cwd=changed.path, check=True)
+    alone = jobs(changed.run(f"results/runs/{run_id}/status.json", *TINY))
+    assert alone == ["train"] and changed.attempts()[run_id] == 1
+    changed.run("results/tiny/ce/timing.csv", *TINY)
+    assert changed.attempts()[run_id] == 1 and changed.tables()["ce/timing.csv"] == tables["ce/timing.csv"]
 
 
-def test_a_thousand_points_are_planned(changed):
+def test_a_job_for_each_run_has_the_tables_of_shared_ones_and_a_thousand_are_planned_in_seconds(small, checkout):
+    alone = {"cluster": {"tokens_per_job": 0}}
+    output = checkout.run(*overlay(checkout, "alone", **SMALL, **alone))
+    assert "train_batch" not in jobs(output) and jobs(output).count("train") == len(checkout.attempts()) > 10
+    expected, tables = small.tables(), checkout.tables()
+    assert expected.keys() == tables.keys()
+    assert [name for name in expected if expected[name] != tables[name]] == []
+    grid = {"temperature": [1 + i / 20 for i in range(20)], "lr_boost": [1.01 + i / 100 for i in range(50)]}
+    wide = overlay(checkout, "wide", kd={"grid": grid}, **SMALL, **alone)
+    with (checkout.path / "output").open("w+") as file:
+        process = subprocess.Popen(
+            [".venv/bin/snakemake", "--cores", "2", "-n", *wide], cwd=checkout.path, stdout=file, stderr=file
+        )
+        _, code, used = os.wait4(process.pid, 0)
+        file.seek(0)
+        text = file.read()
+    assert code == 0 and "\ntrain           999\n" in text, text[-3000:]  # one is there already
+    assert used.ru_utime + used.ru_stime < 10 and used.ru_maxrss < 2**20  # CPU time, as other tests run beside it
+
+
+def test_a_thousand_points_share_jobs(changed):
     grid = {"temperature": [1 + i / 10 for i in range(10)], "lr_boost": [1.1 + i / 10 for i in range(10)]}
     grid |= {"hold_frac": [0.1, 0.12, 0.14, 0.16, 0.18], "drop_frac": [0.3, 0.35]}
-    for points, rule, count in ((1, "train", 1000), (20, "train_batch", 50)):
+    for points, count in ((1, 42), (20, 50)):  # of 24 runs at most
         arguments = overlay(changed, "wide", kd={"grid": grid}, cluster={"points_per_job": points})
-        assert jobs(changed.run("-n", *arguments)).count(rule) == count
+        assert jobs(changed.run("-n", *arguments)).count("train_batch") == count
 
 
 def test_editing_the_analysis_trains_nothing(changed):
     before = changed.attempts()
     changed.edit("kdclimb/analysis/targets.py", "def read_target(", "EDITED = 1\n\n\ndef read_target(")
     output = changed.run(*TINY)
-    assert "train" not in jobs(output) and {"kd_screen", "compare", "report"} <= set(jobs(output))
+    assert not trains(output) and {"kd_screen", "compare", "report"} <= set(jobs(output))
     assert changed.attempts() == before
 
 
@@ -252,10 +251,9 @@ def test_editing_a_comment_makes_nothing_again(changed):
 
 def test_editing_the_loss_trains_again_unless_code_is_frozen(changed):
     changed.edit("kdclimb/kernels/chunked.py", "def chunk_tokens(", "EDITED = 1\n\n\ndef chunk_tokens(")
-    ce_and_probes = 5 + 3
-    assert jobs(changed.run("-n", *TINY)).count("train") >= ce_and_probes
-    frozen = overlay(changed, "frozen", code="frozen")
-    assert "train" not in jobs(changed.run("-n", *frozen))
+    planned = jobs(changed.run("-n", *TINY))
+    assert planned.count("train_batch") >= 2 and planned.count("train") >= 1  # CE and probes; CE's screen
+    assert not trains(changed.run("-n", *overlay(changed, "frozen", code="frozen")))
 
 
 def test_forgotten_results_are_made_again_in_one_go(changed):
@@ -300,15 +298,15 @@ def test_what_is_damaged_or_missing_behind_a_finished_report_is_named_and_made_a
 
 def test_one_target_alone(checkout):
     planned = jobs(checkout.run("-n", "results/tiny/budget.json", *TINY))
-    assert sorted(set(planned)) == ["budget", "ce_baseline", "data", "train"] and planned.count("train") == 5
+    assert sorted(planned) == ["budget", "ce_baseline", "data", "train_batch"]
 
 
 # ---- how it ends when things go wrong
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_tables(small, checkout):
-    """SIGKILL to ./run alone, again and again, at moments spread over the whole campaign, whose runs share jobs."""
-    arguments = overlay(checkout, "small", cluster={"tokens_per_job": 1_000_000}, **SMALL)
+    """SIGKILL to ./run alone, again and again, at moments spread over the whole campaign."""
+    arguments = overlay(checkout, "small", **SMALL)
     for seconds in (3, 6, 9, 13, 17, 22):
         if not checkout.run_and_kill(seconds, *arguments):
             break
@@ -339,7 +337,7 @@ def test_a_completed_timing_is_never_taken_again(checkout):
 def test_without_a_teacher_in_the_budget_it_ends_well_and_says_so(changed):
     arguments = overlay(changed, "poor", campaign="poor", budget={"fraction": 0.001})
     output = changed.run(*arguments)
-    assert "train" not in jobs(output)
+    assert not trains(output)
     results = changed.path / "results/poor"
     selected = json.loads((results / "teacher/selected.json").read_text())
     assert selected["run_id"] is None and "L1-H2-D8-26" in selected["reason"]
@@ -363,7 +361,7 @@ def test_a_log_sets_the_budget_before_anything_is_trained(checkout):
     baseline = {"source": "log", "log": "ce.txt"}
     arguments = overlay(checkout, "log", baseline=baseline, controls={"extra_steps": False})
     output = checkout.run("results/tiny/budget.json", *arguments)
-    assert "train" not in jobs(output)
+    assert not trains(output)
     assert json.loads((checkout.path / "results/tiny/budget.json").read_text())["budget_ms"] == pytest.approx(69401.5)
     refused = checkout.run("-n", *overlay(checkout, "both", baseline=baseline), code=None)
     assert "controls.extra_steps: True is not allowed" in refused
