@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import Rows
 from benchmarks.kd_loss import liger_loss
-from benchmarks.train_step import ROOT, first_step, measure, student, synchronize, synthetic
+from benchmarks.train_step import ROOT, even, first_step, measure, student, synchronize, synthetic
 from kdclimb import expansion, schedule, sections, write_cache
 from kdclimb.attention import choose_backend
 from kdclimb.cache import TargetCache
@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--configfile", type=Path, nargs="+", default=[ROOT / "config/seed155.yaml"])
     parser.add_argument("--teacher", type=int, nargs=3, default=(3, 6, 128), metavar=("LAYERS", "HEADS", "HEAD_DIM"))
     parser.add_argument("--head-dtype", nargs="+", choices=("bf16", "fp8"), default=["bf16", "fp8"])
-    parser.add_argument("--rounds", type=int, default=4, help="timed steps of each stage and arm; an even number")
+    parser.add_argument("--rounds", type=even, default=4, help="timed steps of each stage and arm; an even number")
     parser.add_argument("--attention", choices=ATTENTION_BACKENDS, default="auto")
     parser.add_argument("--toy", action="store_true", help="the default campaign's student on the CPU, for no figures")
     parser.add_argument("--commit", help="for the CSV, where there is no git")

@@ -88,29 +88,38 @@ def first_step(sched: ScheduleConfig, stage: int) -> int:
 def measure(
     trainer: Trainer, first: int, arms: dict[str, Callable[[], None]], rounds: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """(median milliseconds, peak memory in GiB on a GPU) of a step of each arm, which take turns.
+    """(median milliseconds, peak memory in GiB on a GPU) of `rounds` steps of each arm, an even number.
 
-    An arm is what makes the trainer's next step its own. Steps are `first` and the one after it, in turns: Adam steps
-    in every second one, as in training.
+    An arm is what makes the trainer's next step its own. Arms take turns of three steps, the first of them untimed: in
+    training a step follows one of its own kind, and the allocator's memory is laid out for it. The timed ones are
+    `first` + 1 and `first`: Adam steps in every second one, as in training.
     """
     times: dict[str, list[float]] = {arm: [] for arm in arms}
     peaks: dict[str, float] = {}
     on_gpu = torch.cuda.is_available()
-    for i in range(rounds + 1):
+    for _ in range(rounds // 2):
         for arm, enter in arms.items():
-            enter()
-            trainer.step = first + i % 2
-            synchronize()
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            trainer.train_step()
-            synchronize()
-            if i:  # the first meets a stage's windows anew
-                times[arm].append(1e3 * (time.perf_counter() - start))
-            if i and on_gpu:
-                peaks[arm] = max(peaks.get(arm, 0.0), torch.cuda.max_memory_allocated() / 2**30)
+            for i in range(3):
+                enter()
+                trainer.step = first + i % 2
+                synchronize()
+                if on_gpu:
+                    torch.cuda.reset_peak_memory_stats()
+                start = time.perf_counter()
+                trainer.train_step()
+                synchronize()
+                if i:
+                    times[arm].append(1e3 * (time.perf_counter() - start))
+                if i and on_gpu:
+                    peaks[arm] = max(peaks.get(arm, 0.0), torch.cuda.max_memory_allocated() / 2**30)
     return {arm: typical(ms) for arm, ms in times.items()}, peaks
+
+
+def even(text: str) -> int:
+    """An argument of `measure`, as argparse asks for it."""
+    if not text.isdecimal() or int(text) < 2 or int(text) % 2:
+        raise argparse.ArgumentTypeError(f"an even number is needed, not {text!r}")
+    return int(text)
 
 
 def typical(times: list[float]) -> float:
@@ -122,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configfile", type=Path, nargs="+", default=[ROOT / "config/seed155.yaml"])
     parser.add_argument("--horizon", type=int, help="of the config's; default: the first")
-    parser.add_argument("--rounds", type=int, default=10, help="timed steps of each stage")
+    parser.add_argument("--rounds", type=even, default=10, help="timed steps of each stage; an even number")
     parser.add_argument("--head-dtype", choices=("same", "fp8"), help="instead of the config's")
     parser.add_argument("--attention", choices=ATTENTION_BACKENDS, default="auto")
     parser.add_argument("--micro-batch", type=int, help="tokens, instead of the config's")
