@@ -33,7 +33,7 @@ def test_training_jobs_ask_for_a_gpu_and_go_to_the_nodes_that_have_one(tmp_path,
     """First, while no other job is there: each node has one."""
     master = Master(tmp_path / "kdclimb", data=prepared)
     master.edit("slurm/config.yaml", "gpu_type: default", "gpu_type: fake")
-    master.begin("results/tiny/ce/timing.csv", *overlay(master, "gpu", device="cuda"))
+    master.begin("results/tiny/ce/timing.csv", *overlay(master, "gpu", device="cuda", cluster={"tokens_per_job": 0}))
     master.wait_for("two jobs that have a node", lambda: len(cluster.placed(master.path)) > 1)
     nodes = cluster.placed(master.path)
     master.process.kill()
@@ -113,7 +113,7 @@ def test_the_tiny_campaign_as_typed_has_the_tables_of_a_local_one(cluster, start
     shared = [comment.rpartition("-")[0] for comment in submitted if "train_batch" in comment]
     assert sorted(shared) == sorted(batches) and len(submitted) == len(["data"] + batches + alone)
     assert output.count("has been submitted") == len(submitted)
-    assert set(jobs(output)) - {"data", "train", "train_batch"} == set(jobs(small.output)) - {"data"}
+    assert set(jobs(output)) == set(jobs(small.output))
     tables, expected = master.tables(), small.tables()
     assert tables.keys() == expected.keys()
     assert [name for name in expected if tables[name] != expected[name]] == []

@@ -81,7 +81,8 @@ def test_runs_that_share_a_job_are_as_they_are_alone(batch, probes, train, tmp_p
         for name in ("steps.csv", "val.csv", "summary.csv", "checkpoints/model.safetensors"):
             assert (batch.runs / config.run_id / name).read_bytes() == (alone / name).read_bytes(), name
         assert f"{config.run_id}: step 5/5 val_loss" in said
-    assert not batch.log.exists()
+    begun = [f"{config.run_id}: begun; its log is results/runs/{config.run_id}/train.log" for config in probes]
+    assert batch.log.read_text().splitlines() == begun
 
 
 def test_a_run_that_fails_takes_no_other_along_and_those_are_not_trained_again(batch, probes):

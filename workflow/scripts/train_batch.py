@@ -25,7 +25,7 @@ parser.add_argument("--configs", nargs="+", required=True, help="the runs' confi
 for flag in PASSED_ON:
     parser.add_argument(f"--{flag}", help="as for train.py")
 parser.add_argument("--out", type=Path, required=True, help="CSV of the runs and how they ended")
-parser.add_argument("--log", type=Path, required=True, help="where errors are kept")
+parser.add_argument("--log", type=Path, required=True, help="which runs were begun, and errors")
 
 
 def flags(config: RunConfig, text: str, args: argparse.Namespace) -> list[str]:
@@ -51,9 +51,13 @@ def child(arguments: list[str], name: str, log: Path) -> None:
     except Exception:
         ended = traceback.format_exc()
     if isinstance(ended, str):
-        with log.open("a") as file:
-            print(f"{name}: {ended}", file=file)
+        note(log, f"{name}: {ended}")
     sys.exit(ended)
+
+
+def note(log: Path, line: str) -> None:
+    with log.open("a") as file:
+        print(line, file=file)
 
 
 def main() -> int:
@@ -69,6 +73,8 @@ def main() -> int:
         folders.append(Path("results/runs", config.run_id))
         if (folders[-1] / "status.json").is_file() and not (folders[-1] / ".state").is_dir():
             continue  # a bundle brought it: it has a result, but no state of its own
+        # Also since Snakemake shows no log behind an empty one, such as Slurm's of a job that was killed.
+        note(args.log, f"{config.run_id}: begun; its log is {folders[-1] / 'train.log'}")
         process = FORK.Process(target=child, args=(flags(config, text, args), config.run_id, args.log))
         process.start()
         process.join()
@@ -76,8 +82,7 @@ def main() -> int:
             return EXIT_INTERRUPTED
         if process.exitcode:
             failed = 1
-            with args.log.open("a") as file:
-                print(f"{config.run_id}: ended with exit code {process.exitcode}", file=file)
+            note(args.log, f"{config.run_id}: ended with exit code {process.exitcode}")
     if not failed:
         write_batch(args.out, folders)
     return failed
