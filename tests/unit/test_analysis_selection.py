@@ -18,6 +18,7 @@ BUDGET = {
     "device": "cpu",
     "fraction": 0.1,
     "horizon": 300,
+    "projected_from": None,
     "threads": 2,
 }
 
