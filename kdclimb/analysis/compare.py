@@ -107,7 +107,7 @@ def compare(
     if own is not None:  # the runs' speed, should the budget be a log's, which has no anchor
         teacher["train_time_ms"] *= own.speed / teacher["speed"]
     logged = limit["clock"] == LOGGED
-    limit["horizon"] = max(run.horizon for run in runs if run.arm == "ce")  # a log may have another
+    last = max(run.horizon for run in runs if run.arm == "ce")  # the budget may be of another
     points = read_json(promoted, ["points", "reason"])
     rows = compare_rows([run for run in runs if run.arm in COMPARED_ARMS], goal, teacher)
     write_csv(out_curves, CURVE_COLUMNS, [row for run in runs for row in curve_rows(run, teacher)])
@@ -119,11 +119,11 @@ def compare(
     write_csv(out_teachers, TEACHER_COLUMNS, teachers)
     judged = Rules(*(rules[key] for key in ("confidence", "p_value", "power")))
     reached = reach(runs, goal, teacher, rules["amortize"])
-    tested = verdict_rows(reached, judged, limit["horizon"], bool(teacher["imported"]))
+    tested = verdict_rows(reached, judged, last, bool(teacher["imported"]))
     write_csv(out_reached, REACHED_COLUMNS, [found.row() for found in reached])
     write_csv(out_tests, VERDICT_COLUMNS, tested)
-    write_csv(out_trend, TREND_COLUMNS, trend_rows(runs, limit["horizon"]))
-    break_even = break_even_rows(runs, tested, reached, limit["horizon"], teacher, rules["amortize"])
+    write_csv(out_trend, TREND_COLUMNS, trend_rows(runs, last))
+    break_even = break_even_rows(runs, tested, reached, last, teacher, rules["amortize"])
     write_csv(out_break_even, BREAK_EVEN_COLUMNS, break_even)
     doubts = doubts_of(rows, runs, points["points"], clock, exploratory, bool(teacher["imported"]), logged)
     if own is not None and own.unsteady:

@@ -34,6 +34,7 @@ FACTS = {  # figures that the page's sentences hold: the decision that each is f
     "budget_ms": ("budget", "budget_ms"),
     "ce_train_time_ms": ("budget", "ce_train_time_ms"),
     "horizon": ("budget", "horizon"),
+    "projected_from": ("budget", "projected_from"),
     "fraction": ("budget", "fraction"),
     "threads": ("budget", "threads"),
     "teacher_ms": ("selected", "train_time_ms"),
@@ -50,6 +51,9 @@ FACTS = {  # figures that the page's sentences hold: the decision that each is f
     "power": ("verdict", "rules.power"),
     "amortize": ("verdict", "rules.amortize"),
 }
+VERDICT_KEYS = (
+    "point horizon budget_projected_from budget_share kd_alive explained_by rules not_claimable_because"
+).split()
 OUTPUTS = {
     "traces": TRACE_COLUMNS,
     "horizon_curve": HORIZON_COLUMNS,
@@ -81,9 +85,7 @@ def details(
         "budget": read_json(budget, BUDGET_KEYS),
         "selected": read_json(selected, SELECTED_KEYS),
         "target": read_json(target, TARGET_KEYS),
-        "verdict": read_json(
-            verdict, ["point", "horizon", "budget_share", "kd_alive", "explained_by", "rules", "not_claimable_because"]
-        ),
+        "verdict": read_json(verdict, VERDICT_KEYS),
     }
     rows, tested = read_csv(compare, COMPARE_COLUMNS), read_csv(tests, VERDICT_COLUMNS)
     tables = tables_of(runs, as_measured(decisions["selected"]), decisions["verdict"], confidence)

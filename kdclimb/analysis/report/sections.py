@@ -7,6 +7,7 @@ from collections.abc import Callable
 from html import escape
 from typing import NamedTuple
 
+from kdclimb.analysis.budget import projection
 from kdclimb.analysis.ledger import LEDGER_COLUMNS
 from kdclimb.analysis.paired import WORSE
 from kdclimb.analysis.report.parts import (
@@ -98,11 +99,12 @@ def _spread(row: dict) -> str:
 
 def _budget_line(page: Page) -> str:
     """The teacher's time of its budget, as words and as a bar."""
-    share, teacher, budget = (page.facts[name] for name in ("budget_share", "teacher_ms", "budget_ms"))
+    share, teacher = (page.facts[name] for name in ("budget_share", "teacher_ms"))
+    budget = show_ms(page.facts["budget_ms"]) + projection(page.facts["projected_from"])
     if share is None or teacher is None:
-        return f'<p class="budget">No teacher within the budget of {show_ms(budget)}.</p>'
+        return f'<p class="budget">No teacher within the budget of {budget}.</p>'
     return (
-        f'<p class="budget">Teacher: <b>{show_ms(teacher)}</b> of its budget of {show_ms(budget)}, '
+        f'<p class="budget">Teacher: <b>{show_ms(teacher)}</b> of its budget of {budget}, '
         f'{share:.0%}</p><div class="bar"><i style="width:{min(share, 1):.1%}"></i></div>'
     )
 
@@ -153,9 +155,9 @@ def advice_section(page: Page) -> str:
 def budget_section(page: Page) -> str:
     budget, facts, teacher = page.data["budget"], page.facts, page.data["selected"]
     terms = (
-        f"CE takes {show_ms(facts['ce_train_time_ms'])} over {number('horizon')(facts)} steps (median of its seeds; "
-        f"{escape(str(budget['device']))}, {text('threads')(facts)} thread{'s' * (facts['threads'] != 1)}, "
-        f"{escape(budget['clock'])} clock). "
+        f"CE takes {show_ms(facts['ce_train_time_ms'])}{projection(facts['projected_from'])} over "
+        f"{number('horizon')(facts)} steps (median of its seeds; {escape(str(budget['device']))}, "
+        f"{text('threads')(facts)} thread{'s' * (facts['threads'] != 1)}, {escape(budget['clock'])} clock). "
         f"A teacher may take {facts['fraction']:.0%} of that: {show_ms(facts['budget_ms'])}."
     )
     if teacher is None:
