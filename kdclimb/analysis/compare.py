@@ -12,7 +12,7 @@ from pathlib import Path
 from kdclimb.analysis.budget import anchor_of, at_one_speed, read_budget, refuse_timing
 from kdclimb.analysis.checklist import CHECK_COLUMNS, STOP_COLUMNS, SUMMARY_COLUMNS, checks, stop_conditions, summary
 from kdclimb.analysis.paired import Rules
-from kdclimb.analysis.savings import BREAK_EVEN_COLUMNS, TREND_COLUMNS, break_even_rows, trend_rows
+from kdclimb.analysis.savings import BREAK_EVEN_COLUMNS, TREND_COLUMNS, break_even_rows, teacher_shares, trend_rows
 from kdclimb.analysis.selection import PROBE_COLUMNS, SELECTED_KEYS, TRAINED_COLUMNS, at_budgets_speed
 from kdclimb.analysis.tables import (
     RUN_COLUMNS,
@@ -129,6 +129,7 @@ def compare(
     if own is not None and own.unsteady:
         doubts.append(f"times with the teacher only: {own.unsteady}")
     found = verdict(rows, tested, limit, teacher, goal, points, doubts)
+    found |= teacher_shares(limit, teacher, break_even, found["point"])
     screened = {"kd": read_csv(screen, SCREEN_COLUMNS), "ce": read_csv(ce_screen, SCREEN_COLUMNS)}
     tuned = tuning_rows(screened, runs, found["point"], points.get("ce_point"))
     write_csv(out_tuning, TUNING_COLUMNS, tuned)

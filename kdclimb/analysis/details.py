@@ -43,6 +43,9 @@ FACTS = {  # figures that the page's sentences hold: the decision that each is f
     "fixed_target": ("target", "fixed"),
     "full_horizon": ("verdict", "horizon"),
     "budget_share": ("verdict", "budget_share"),
+    "teacher_share_of_ce": ("verdict", "teacher_share_of_ce"),
+    "ce_time_to_target_ms": ("verdict", "ce_time_to_target_ms"),
+    "teacher_share_to_target": ("verdict", "teacher_share_to_target"),
     "first_val_kd": ("verdict", "kd_alive.first_val_kd"),
     "first_val_ce": ("verdict", "kd_alive.first_val_ce"),
     "first_val_random": ("verdict", "kd_alive.first_val_random"),
@@ -52,7 +55,8 @@ FACTS = {  # figures that the page's sentences hold: the decision that each is f
     "amortize": ("verdict", "rules.amortize"),
 }
 VERDICT_KEYS = (
-    "point horizon budget_projected_from budget_share kd_alive explained_by rules not_claimable_because"
+    "point horizon budget_projected_from budget_share teacher_share_of_ce ce_time_to_target_ms teacher_share_to_target "
+    "kd_alive explained_by rules not_claimable_because"
 ).split()
 OUTPUTS = {
     "traces": TRACE_COLUMNS,

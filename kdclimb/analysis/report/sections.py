@@ -173,7 +173,34 @@ def budget_section(page: Page) -> str:
         f"{'is declared to have taken' if teacher['imported'] else 'took'} {show_ms(facts['teacher_ms'])}{share} "
         f"and reached {facts['teacher_final_val']:.4f} nats, which is the target.</p>"
     )
-    return section("Teacher budget", terms, used, page.links("headline", "budget", "selected", "target", "timing"))
+    links = page.links("headline", "budget", "selected", "target", "timing", "break_even", "verdict")
+    return section("Teacher budget", terms, used, _shares(page), links)
+
+
+def _shares(page: Page) -> str:
+    """The teacher's time beside CE's, by the budget's measure and by a stricter one; empty before the comparison."""
+    verdict, facts = page.data["verdict"], page.facts
+    if verdict is None:
+        return ""
+    whole = f"{number('horizon')(facts)} steps{projection(facts['projected_from'])}, as the budget has it"
+    rows = [
+        {"measure": whole, "ce": "ce_train_time_ms", "share": "teacher_share_of_ce", "within": "within_of_ce"},
+        {
+            "measure": "to the target, the mean of its seeds; stricter",
+            "ce": "ce_time_to_target_ms",
+            "share": "teacher_share_to_target",
+            "within": "within_to_target",
+        },
+    ]
+    words = {True: "yes", False: "no", None: "not known"}
+    columns = [
+        Column("CE&rsquo;s time", text("measure"), words=True),
+        Column("CE", lambda row: ms(row["ce"])(facts)),
+        Column("Teacher", lambda row: ms("teacher_ms")(facts)),
+        Column("Share", lambda row: quantity(row["share"], "{:.1%}".format)(facts)),
+        Column(f"Within {facts['fraction']:.0%}", lambda row: words[verdict[row["within"]]], words=True),
+    ]
+    return table(rows, columns, "")
 
 
 def alive_section(page: Page) -> str:
