@@ -64,6 +64,7 @@ def load(config: dict, root: Path) -> Campaign:
     _check_shapes(campaign)
     _check_mirror(campaign, root)
     _check_baseline(campaign, root)
+    _check_budget(campaign)
     _check_data(campaign.data, root)
     if campaign.device == "auto":
         campaign = dataclasses.replace(campaign, device=detect_device())
@@ -215,6 +216,22 @@ def _check_baseline(campaign: Campaign, root: Path) -> None:
         "controls.extra_steps",
         True,
         "false under baseline.source: log, whose time of a step is another machine's",
+    )
+
+
+def _check_budget(campaign: Campaign) -> None:
+    horizon, last = campaign.budget.horizon, campaign.train.horizons[-1]
+    require(
+        horizon is None or campaign.baseline.source != "log",
+        "budget.horizon",
+        horizon,
+        "null under baseline.source: log, whose time is that of its own run",
+    )
+    require(
+        horizon is None or horizon >= last,
+        "budget.horizon",
+        horizon,
+        f"null, or at least the last of train.horizons ({last})",
     )
 
 

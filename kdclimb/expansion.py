@@ -446,8 +446,9 @@ class Expansion:
         """CE whose horizon is longer by as many steps as CE makes in the time that the teacher took."""
         if not self.campaign.controls.extra_steps:
             return []
-        ce_ms = selected["budget_ms"] / self.campaign.budget.fraction  # at the last horizon
-        extra = round(self.last * selected["train_time_ms"] / ce_ms)
+        ce_ms = selected["budget_ms"] / self.campaign.budget.fraction
+        ce_steps = self.campaign.budget.horizon or self.last  # that take so long
+        extra = round(ce_steps * selected["train_time_ms"] / ce_ms)
         return [
             self.run("control_extra", f"{extra} more steps", horizon=self.last + extra, seed=seed)
             for seed in self.campaign.train.seeds

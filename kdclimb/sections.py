@@ -116,6 +116,7 @@ class BaselineSection:
 @dataclass(frozen=True)
 class BudgetSection:
     fraction: float
+    horizon: int | None
     clock: str
     modelled_tflops: float
 

@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from kdclimb.analysis.budget import projection
 from kdclimb.analysis.so_far import ended
 from kdclimb.analysis.tables import RunFolder, show_ms
 from kdclimb.campaign import data_id, read_decisions
@@ -236,5 +237,6 @@ def _budget(found: State) -> Text | Table:
         return Text("budget: not set yet, it waits for the CE baseline")
     spent = "no teacher selected yet" if teacher is None else f"{show_ms(teacher)} spent, {teacher / budget:.0%}"
     table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_row(f"budget: {show_ms(budget)}; {spent}", ProgressBar(total=budget, completed=teacher or 0, width=20))
+    words = f"budget: {show_ms(budget)}{projection(found.budget.get('projected_from'))}; {spent}"
+    table.add_row(words, ProgressBar(total=budget, completed=teacher or 0, width=20))
     return table

@@ -26,7 +26,8 @@ rule ce_baseline:
 
 rule budget:
     input:
-        f"{RESULTS}/ce/timing.csv",
+        timing=f"{RESULTS}/ce/timing.csv",
+        runs=summaries("ce") if CAMPAIGN.budget.horizon else [],
     output:
         f"{RESULTS}/budget.json",
     log:
@@ -34,7 +35,10 @@ rule budget:
     conda:
         "../envs/kdclimb.yaml"
     params:
+        runs=run_flags("ce") if CAMPAIGN.budget.horizon else "",
         fraction=CAMPAIGN.budget.fraction,
+        horizon=CAMPAIGN.budget.horizon or 0,
         code=code("budget"),
     shell:
-        "python workflow/scripts/budget.py --timing {input} --fraction {params.fraction} --out {output} > {log} 2>&1"
+        "python workflow/scripts/budget.py {params.runs} --timing {input.timing} --fraction {params.fraction}"
+        " --horizon {params.horizon} --out {output} > {log} 2>&1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kdclimb.analysis.budget import projection
 from kdclimb.analysis.paired import UNDECIDED
 from kdclimb.analysis.tables import show_ms, show_number
 from kdclimb.analysis.targets import TEACHERS
@@ -25,7 +26,7 @@ def advice_rows(
     """Rows of ADVICE_COLUMNS, what weighs most first; none where nothing follows from the tables."""
     point = verdict["point"]
     if verdict["budget_share"] is None:
-        return _cheaper_teachers(teachers)
+        return _cheaper_teachers(teachers, verdict["budget_projected_from"])
     rows = [*_refused(verdict["not_claimable_because"]), *_alive(verdict["kd_alive"]), *_explained(verdict)]
     rows += _break_even([row for row in break_even if row["label"] == point], verdict["budget_share"])
     rows += _lost_lead([row for row in trend if row["label"] == point])
@@ -39,14 +40,14 @@ def _row(what: str, why: str, keys: str, source: str) -> dict:
     return {"what": what, "why": why, "keys": keys, "source": source}
 
 
-def _cheaper_teachers(teachers: list[dict]) -> list[dict]:
+def _cheaper_teachers(teachers: list[dict], projected_from: int | None) -> list[dict]:
     known = [row for row in teachers if row["projected_ms"] is not None]
     if not known:
         return []
     nearest = min(known, key=lambda row: row["projected_ms"])
     why = (
         f"the candidate projected to be fastest, {nearest['candidate']}, takes {show_ms(nearest['projected_ms'])} of a "
-        f"budget of {show_ms(nearest['budget_ms'])}"
+        f"budget of {show_ms(nearest['budget_ms'])}{projection(projected_from)}"
     )
     return [_row("Add cheaper teachers", why, "teacher.candidates", "teachers.csv")]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kdclimb.analysis.budget import projection
 from kdclimb.analysis.tables import show_ms, show_number
 
 
@@ -38,7 +39,8 @@ def _teachers(data: dict) -> str:
         return f"None of {len(rows)} candidates was selected; {lost} were rejected." if rows else ""
     return (
         f"{chosen['candidate']} was selected: {show_ms(chosen['train_time_ms'])} of a budget of "
-        f"{show_ms(chosen['budget_ms'])}, {chosen['final_val']:.4f} nats; {lost} of {len(rows)} were rejected."
+        f"{show_ms(chosen['budget_ms'])}{projection(facts(data).get('projected_from'))}, "
+        f"{chosen['final_val']:.4f} nats; {lost} of {len(rows)} were rejected."
     )
 
 

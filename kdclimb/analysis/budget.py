@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from kdclimb.analysis.tables import (
@@ -18,13 +19,18 @@ from kdclimb.analysis.tables import (
     RunFolder,
     read_csv,
     read_json,
+    show_number,
     write_csv,
     write_json,
 )
+from kdclimb.config import ScheduleConfig
 from kdclimb.imported import LOGGED
 from kdclimb.logs import log_config, read_log, summary
+from kdclimb.schedule import stage_starts
 
-BUDGET_KEYS = "anchor_ms budget_ms ce_train_time_ms clock code_hashes device fraction horizon threads".split()
+BUDGET_KEYS = (
+    "anchor_ms budget_ms ce_train_time_ms clock code_hashes device fraction horizon projected_from threads".split()
+)
 ISOLATE_COLUMNS = (
     "label",
     "run_id",
@@ -91,40 +97,84 @@ def is_shared(row: dict) -> bool:
     return row["clock"] == "measured" and bool(row["shared_device"])
 
 
-def set_budget(timing: Path, fraction: float, out: Path) -> None:
+def set_budget(timing: Path, fraction: float, out: Path, horizon: int = 0, runs: Sequence[RunFolder] = ()) -> None:
     """The teacher's budget (ms): `fraction` of the median CE training time at the longest horizon, each run's time at
-    the speed of their median anchor (`anchor_ms`; None where none has one).
+    the speed of their median anchor (`anchor_ms`; None where none has one). With a longer `horizon` (steps; 0 for none)
+    that of a run of so many steps, projected from the same CE runs, whose folders are among `runs`.
 
-    Raises AnalysisError where these CE runs were timed on different devices, thread counts or clocks.
+    Raises AnalysisError where these CE runs were timed on different devices, thread counts or clocks, and where the
+    time can't be projected from one of them.
     """
     rows = read_csv(timing, RUN_COLUMNS)
     if not rows:
         raise AnalysisError(f"{timing}: holds no CE run")
-    horizon = max(row["horizon"] for row in rows)
-    rows = [row for row in rows if row["horizon"] == horizon]
+    last = max(row["horizon"] for row in rows)
+    rows = [row for row in rows if row["horizon"] == last]
     timed_on = {}
     for key in TIMED_ON:
         values = list(dict.fromkeys(row[key] for row in rows))
         if len(values) > 1:
-            raise AnalysisError(
-                f"{timing}: the CE runs at {horizon} steps differ in {key}: {', '.join(map(str, values))}"
-            )
+            raise AnalysisError(f"{timing}: the CE runs at {last} steps differ in {key}: {', '.join(map(str, values))}")
         timed_on[key] = values[0]
     times = [row["train_time_ms"] for row in rows]
     if None in times:
-        raise AnalysisError(f"{timing}: a CE run at {horizon} steps has no train_time_ms")
+        raise AnalysisError(f"{timing}: a CE run at {last} steps has no train_time_ms")
+    projected = horizon not in (0, last)
+    if projected:
+        folders = {run.run_id: run for run in runs}
+        if missing := [row["run_id"] for row in rows if row["run_id"] not in folders]:
+            raise AnalysisError(f"{timing}: no folder was given of {', '.join(missing)}, to project its time from")
+        times = [projected_ms(folders[row["run_id"]], horizon) for row in rows]
     anchor = _median_anchor(rows)
-    ce_ms = float(statistics.median(row["train_time_ms"] * speed_of(row, anchor) for row in rows))
+    ce_ms = float(statistics.median(ms * speed_of(row, anchor) for row, ms in zip(rows, times, strict=True)))
     decision = {
         "anchor_ms": anchor,
         "ce_train_time_ms": ce_ms,
         "ce_run_ids": [row["run_id"] for row in rows],
-        "horizon": horizon,
+        "horizon": horizon or last,
+        "projected_from": last if projected else None,
         "fraction": fraction,
         "budget_ms": ce_ms * fraction,
         "code_hashes": sorted({row["code_hash"] for row in rows if row["code_hash"]}),
     }
     write_json(out, decision | timed_on)
+
+
+def projected_ms(run: RunFolder, horizon: int) -> float:
+    """Milliseconds that the run would have taken over `horizon` steps: for each stage of the batch schedule its median
+    step, times the steps that the stage has there.
+
+    Raises AnalysisError where the run has no step of one of these stages.
+    """
+    schedule = run.config.schedule
+    times = [0.0, *(row["train_time_ms"] for row in run.steps)]
+    spent = {row["step"] - 1: after - before for row, (before, after) in zip(run.steps, pairwise(times), strict=True)}
+    there = _stages(dataclasses.replace(schedule, horizon=horizon, stop_step=horizon))
+    total = 0.0
+    for name, steps in _stages(schedule).items():
+        each = [spent[step] for step in steps if step in spent]
+        if there[name] and not each:
+            lacks = f"holds no step of {name}, so the time of {horizon} steps can't be projected"
+            raise AnalysisError(f"{run.folder / 'steps.csv'}: {lacks}")
+        total += len(there[name]) * statistics.median(each) if each else 0.0
+    return total
+
+
+def _stages(schedule: ScheduleConfig) -> dict[str, range]:
+    """{stage in words: its steps, counted from 0}. An extension with windows of its own is one, as its steps take their
+    own time.
+    """
+    starts = stage_starts(schedule)
+    names = [f"stage {i} of {len(starts)}" for i in range(1, len(starts) + 1)]
+    if schedule.extension_windows:
+        starts, names = [*starts, schedule.scheduled], [*names, "the extension"]
+    bounds = pairwise([*starts, schedule.horizon])
+    return {name: range(start, end) for name, (start, end) in zip(names, bounds, strict=True)}
+
+
+def projection(projected_from: float | None) -> str:
+    """What the words of a budget end with: the horizon of the runs that it is projected from, if it is projected."""
+    return "" if projected_from is None else f" (projected from {show_number(projected_from)}-step runs)"
 
 
 def read_budget(path: Path) -> dict:

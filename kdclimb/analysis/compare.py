@@ -12,7 +12,7 @@ from pathlib import Path
 from kdclimb.analysis.budget import anchor_of, at_one_speed, read_budget, refuse_timing
 from kdclimb.analysis.checklist import CHECK_COLUMNS, STOP_COLUMNS, SUMMARY_COLUMNS, checks, stop_conditions, summary
 from kdclimb.analysis.paired import Rules
-from kdclimb.analysis.savings import BREAK_EVEN_COLUMNS, TREND_COLUMNS, break_even_rows, trend_rows
+from kdclimb.analysis.savings import BREAK_EVEN_COLUMNS, TREND_COLUMNS, break_even_rows, teacher_shares, trend_rows
 from kdclimb.analysis.selection import PROBE_COLUMNS, SELECTED_KEYS, TRAINED_COLUMNS, at_budgets_speed
 from kdclimb.analysis.tables import (
     RUN_COLUMNS,
@@ -107,7 +107,7 @@ def compare(
     if own is not None:  # the runs' speed, should the budget be a log's, which has no anchor
         teacher["train_time_ms"] *= own.speed / teacher["speed"]
     logged = limit["clock"] == LOGGED
-    limit["horizon"] = max(run.horizon for run in runs if run.arm == "ce")  # a log may have another
+    last = max(run.horizon for run in runs if run.arm == "ce")  # the budget may be of another
     points = read_json(promoted, ["points", "reason"])
     rows = compare_rows([run for run in runs if run.arm in COMPARED_ARMS], goal, teacher)
     write_csv(out_curves, CURVE_COLUMNS, [row for run in runs for row in curve_rows(run, teacher)])
@@ -119,16 +119,17 @@ def compare(
     write_csv(out_teachers, TEACHER_COLUMNS, teachers)
     judged = Rules(*(rules[key] for key in ("confidence", "p_value", "power")))
     reached = reach(runs, goal, teacher, rules["amortize"])
-    tested = verdict_rows(reached, judged, limit["horizon"], bool(teacher["imported"]))
+    tested = verdict_rows(reached, judged, last, bool(teacher["imported"]))
     write_csv(out_reached, REACHED_COLUMNS, [found.row() for found in reached])
     write_csv(out_tests, VERDICT_COLUMNS, tested)
-    write_csv(out_trend, TREND_COLUMNS, trend_rows(runs, limit["horizon"]))
-    break_even = break_even_rows(runs, tested, reached, limit["horizon"], teacher, rules["amortize"])
+    write_csv(out_trend, TREND_COLUMNS, trend_rows(runs, last))
+    break_even = break_even_rows(runs, tested, reached, last, teacher, rules["amortize"])
     write_csv(out_break_even, BREAK_EVEN_COLUMNS, break_even)
     doubts = doubts_of(rows, runs, points["points"], clock, exploratory, bool(teacher["imported"]), logged)
     if own is not None and own.unsteady:
         doubts.append(f"times with the teacher only: {own.unsteady}")
     found = verdict(rows, tested, limit, teacher, goal, points, doubts)
+    found |= teacher_shares(limit, teacher, break_even, found["point"])
     screened = {"kd": read_csv(screen, SCREEN_COLUMNS), "ce": read_csv(ce_screen, SCREEN_COLUMNS)}
     tuned = tuning_rows(screened, runs, found["point"], points.get("ce_point"))
     write_csv(out_tuning, TUNING_COLUMNS, tuned)

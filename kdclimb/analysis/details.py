@@ -34,6 +34,7 @@ FACTS = {  # figures that the page's sentences hold: the decision that each is f
     "budget_ms": ("budget", "budget_ms"),
     "ce_train_time_ms": ("budget", "ce_train_time_ms"),
     "horizon": ("budget", "horizon"),
+    "projected_from": ("budget", "projected_from"),
     "fraction": ("budget", "fraction"),
     "threads": ("budget", "threads"),
     "teacher_ms": ("selected", "train_time_ms"),
@@ -42,6 +43,9 @@ FACTS = {  # figures that the page's sentences hold: the decision that each is f
     "fixed_target": ("target", "fixed"),
     "full_horizon": ("verdict", "horizon"),
     "budget_share": ("verdict", "budget_share"),
+    "teacher_share_of_ce": ("verdict", "teacher_share_of_ce"),
+    "ce_time_to_target_ms": ("verdict", "ce_time_to_target_ms"),
+    "teacher_share_to_target": ("verdict", "teacher_share_to_target"),
     "first_val_kd": ("verdict", "kd_alive.first_val_kd"),
     "first_val_ce": ("verdict", "kd_alive.first_val_ce"),
     "first_val_random": ("verdict", "kd_alive.first_val_random"),
@@ -50,6 +54,10 @@ FACTS = {  # figures that the page's sentences hold: the decision that each is f
     "power": ("verdict", "rules.power"),
     "amortize": ("verdict", "rules.amortize"),
 }
+VERDICT_KEYS = (
+    "point horizon budget_projected_from budget_share teacher_share_of_ce ce_time_to_target_ms teacher_share_to_target "
+    "kd_alive explained_by rules not_claimable_because"
+).split()
 OUTPUTS = {
     "traces": TRACE_COLUMNS,
     "horizon_curve": HORIZON_COLUMNS,
@@ -81,9 +89,7 @@ def details(
         "budget": read_json(budget, BUDGET_KEYS),
         "selected": read_json(selected, SELECTED_KEYS),
         "target": read_json(target, TARGET_KEYS),
-        "verdict": read_json(
-            verdict, ["point", "horizon", "budget_share", "kd_alive", "explained_by", "rules", "not_claimable_because"]
-        ),
+        "verdict": read_json(verdict, VERDICT_KEYS),
     }
     rows, tested = read_csv(compare, COMPARE_COLUMNS), read_csv(tests, VERDICT_COLUMNS)
     tables = tables_of(runs, as_measured(decisions["selected"]), decisions["verdict"], confidence)

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from kdclimb.analysis.budget import refuse_timing
 from kdclimb.analysis.tables import WARMUP_STEPS, RunFolder
-from kdclimb.analysis.targets import Reached, crossing
+from kdclimb.analysis.targets import TEACHERS, Reached, crossing
 
 TREND_COLUMNS = ("label", "seed", "horizon", "ce_step", "val_loss", "kd_step", "steps_saved", "miss_reason")
 BREAK_EVEN_COLUMNS = (
@@ -94,6 +94,22 @@ def _break_even(test: dict, pairs: list, times: list[float], teacher: dict, amor
     row["needed_amortized"] = 1 - (1 - cost / amortize - cached) / step
 
     return row | {"pays": None if row["measured"] is None else int(row["measured"] > row["needed"])}
+
+
+def teacher_shares(budget: dict, teacher: dict, break_even: list[dict], point: str | None) -> dict:
+    """What the teacher took of the CE time that sets its budget, and of CE's time (ms) to the target, by the judged
+    point's row of break_even.csv, which is stricter; and whether each is within the budget's fraction. None where it is
+    not known.
+    """
+    rows = (row for row in break_even if (row["target"], row["label"]) == (TEACHERS, point))
+    to_target = next(rows, dict.fromkeys(BREAK_EVEN_COLUMNS))["ce_time_ms"]
+    whole = budget["ce_train_time_ms"]
+    found = {"ce_time_to_target_ms": to_target}
+    for name, ce_ms in (("of_ce", whole), ("to_target", to_target)):
+        known = teacher["run_id"] is not None and ce_ms is not None
+        found[f"teacher_share_{name}"] = teacher["train_time_ms"] / ce_ms if known else None
+        found[f"within_{name}"] = teacher["train_time_ms"] <= ce_ms * budget["fraction"] if known else None
+    return found
 
 
 def overhead_of(kd: RunFolder, ce: RunFolder) -> float:

@@ -10,7 +10,7 @@ import statistics
 from itertools import pairwise
 from pathlib import Path
 
-from kdclimb.analysis.budget import read_budget, refuse_timing, speed_of
+from kdclimb.analysis.budget import projection, read_budget, refuse_timing, speed_of
 from kdclimb.analysis.tables import (
     RUN_COLUMNS,
     RunFolder,
@@ -123,7 +123,8 @@ def _over_budget(how: str, ms: float | None, budget: dict, speed: float = 1.0) -
     if ms is None:
         return f"no {how} time"
     where = "" if speed == 1.0 else f" ({ms / speed:,.1f} ms on a machine of another speed)"
-    return f"{how} time {ms:,.1f} ms{where} is over the budget of {limit:,.1f} ms" if ms > limit else ""
+    of = f"{limit:,.1f} ms{projection(budget['projected_from'])}"
+    return f"{how} time {ms:,.1f} ms{where} is over the budget of {of}" if ms > limit else ""
 
 
 def _early_problem(losses: list[float | None]) -> str:
@@ -166,7 +167,8 @@ def teacher_select(trained: Path, projected: Path, measured: Path, budget: Path,
     if not rows:
         rejected = read_json(projected, ["rejected"])["rejected"] | survivors["rejected"]
         why = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
-        decision["reason"] = f"no teacher meets the budget of {limit:,.1f} ms: {why or 'no candidate was tried'}"
+        of = f"{limit:,.1f} ms{projection(terms['projected_from'])}"
+        decision["reason"] = f"no teacher meets the budget of {of}: {why or 'no candidate was tried'}"
     else:
         # to 9 digits: what a time divided by a speed is off by decides nothing
         best = min(rows, key=lambda row: (row["final_val"], float(f"{row['train_time_ms']:.9g}")))

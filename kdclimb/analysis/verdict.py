@@ -6,6 +6,7 @@ import math
 import statistics
 
 from kdclimb.analysis import tested as tests
+from kdclimb.analysis.budget import projection
 from kdclimb.analysis.paired import BETTER, MIN_PAIRS, WORSE
 from kdclimb.analysis.tables import RunFolder, show_ms, show_number
 
@@ -93,6 +94,7 @@ def verdict(
     )
     result = {
         "budget_ms": budget["budget_ms"],
+        "budget_projected_from": budget["projected_from"],
         "teacher_ms": teacher["train_time_ms"],
         "teacher_imported": bool(teacher["imported"]),
         "budget_share": None if teacher["run_id"] is None else teacher["train_time_ms"] / budget["budget_ms"],
@@ -106,7 +108,7 @@ def verdict(
         "not_told_apart_from": untold,
         "n_seeds": len(both),
         "point": point,
-        "horizon": budget["horizon"],
+        "horizon": max((row["horizon"] for row in rows if row["arm"] == "ce"), default=None),
         "clock": budget["clock"],
     }
     for column in SAVINGS:
@@ -119,7 +121,7 @@ def verdict(
     result["control_boost_steps_saved_mean"] = mean(row["steps_saved"] for row in boosted)
     extra = tests.against_extra(tested, point)
     sentence = _no_comparison(promoted, pairs) or _sentence(result, head, pairs, target)
-    result["sentence"] = " ".join(part for part in (sentence, _extra_part(extra)) if part)
+    result["sentence"] = " ".join(part for part in (sentence, _extra_part(extra), _projected_part(budget)) if part)
     return result
 
 
@@ -129,7 +131,8 @@ def ngram_sentence(tested: list[dict], counted: list[RunFolder], budget: dict) -
     for run in counted:
         ms = run.summary["train_time_ms"]
         within = "within" if ms <= budget["budget_ms"] else "over, so nothing is claimed,"
-        parts.append(f"the {run.label} took {show_ms(ms)}, {within} the budget of {show_ms(budget['budget_ms'])}")
+        limit = f"{show_ms(budget['budget_ms'])}{projection(budget['projected_from'])}"
+        parts.append(f"the {run.label} took {show_ms(ms)}, {within} the budget of {limit}")
     for row in tested:
         if (row["arm"], row["against"]) == ("ngram", "ce"):
             if (row["measure"], row["target"], row["cost"]) == ("crossing", tests.TEACHERS, "time_with_teacher_ms"):
@@ -183,8 +186,8 @@ def no_teacher(teachers: list[dict], budget: dict) -> str:
     nearest = min(teachers, key=lambda row: math.inf if row["projected_ms"] is None else row["projected_ms"])
     return (
         f"KD was not tried: none of the {len(teachers)} teacher candidates meets the budget of "
-        f"{show_ms(budget['budget_ms'])}. The one projected to be fastest, {nearest['candidate']}, was rejected: "
-        f"{nearest['reason']}."
+        f"{show_ms(budget['budget_ms'])}{projection(budget['projected_from'])}. The one projected to be fastest, "
+        f"{nearest['candidate']}, was rejected: {nearest['reason']}."
     )
 
 
@@ -251,6 +254,16 @@ def _extra_part(row: dict | None) -> str:
     nats = f"{abs(row['saved_mean']):.4f} nats {'below' if row['saved_mean'] > 0 else 'above'}"
     sure = {"": "too few seeds to judge"}.get(row["outcome"], row["outcome"])
     return f"At the end KD is {nats} CE with the teacher's time in further steps ({sure})."
+
+
+def _projected_part(budget: dict) -> str:
+    """Of which CE run the budget is, where none was so long."""
+    if budget["projected_from"] is None:
+        return ""
+    return (
+        f"The teacher's budget of {show_ms(budget['budget_ms'])} is {budget['fraction']:.0%} of CE's time over "
+        f"{show_number(budget['horizon'])} steps, projected from {show_number(budget['projected_from'])}-step runs."
+    )
 
 
 def _controls_part(result: dict, head: dict) -> str:

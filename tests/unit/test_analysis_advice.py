@@ -11,6 +11,7 @@ POINT = "T1"
 ALIVE = {"kd_below_ce": True, "random_below_ce": False}
 ALIVE |= {"first_val_kd": 5.3, "first_val_ce": 5.5, "first_val_random": 7.0}
 VERDICT = {"point": POINT, "budget_share": 0.4, "kd_alive": ALIVE, "explained_by": [], "not_claimable_because": []}
+VERDICT |= {"budget_projected_from": None}
 EVEN = dict.fromkeys(BREAK_EVEN_COLUMNS) | {"label": POINT, "target_value": 4.4, "amortize": 10}
 EVEN |= {"teacher_share": 0.12, "overhead": 0.15, "kd_share_of_steps": 0.3, "needed": 0.16, "needed_amortized": 0.05}
 TESTED = dict.fromkeys(VERDICT_COLUMNS) | {"arm": "kd", "label": POINT, "against": "ce", "target": "teacher_final_val"}
@@ -35,7 +36,9 @@ def test_without_a_teacher_the_nearest_one_is_named():
     verdict = VERDICT | {"budget_share": None, "point": None}
     rows = [{"candidate": name, "projected_ms": ms, "budget_ms": 100.0} for name, ms in (("A", 500.0), ("B", 200.0))]
     row = only(verdict=verdict, teachers=[*rows, {"candidate": "C", "projected_ms": None, "budget_ms": 100.0}])
-    assert row["what"] == "Add cheaper teachers" and "B, takes 200 ms of a budget of 100 ms" in row["why"]
+    assert row["what"] == "Add cheaper teachers" and row["why"].endswith("B, takes 200 ms of a budget of 100 ms")
+    row = only(verdict=verdict | {"budget_projected_from": 1000}, teachers=rows)
+    assert row["why"].endswith("a budget of 100 ms (projected from 1,000-step runs)")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from test_analysis_synthetic import make_config, read_rows, run_folder, write_ru
 
 from kdclimb.analysis import budget
 from kdclimb.analysis.tables import AnalysisError, RunFolder
+from kdclimb.config import RunConfig
 
 VAL = [(0, 6.0), (25, 5.0), (50, 4.0)]
 
@@ -54,6 +55,91 @@ def test_the_budget_is_at_the_speed_of_the_median_anchor(tmp_path):
 def test_mixed_timings_set_no_budget(tmp_path, key, value):
     with pytest.raises(AnalysisError, match=rf"timing\.csv: the CE runs at 100 steps differ in {key}"):
         set_budget(tmp_path, **{key: value})
+
+
+def staged(seed=0, horizon=100, **schedule):
+    """A CE config of two stages, the second with twice the tokens a step."""
+    values = make_config(horizon, seed, batch_tokens=(1000, 2000)).to_dict()
+    return RunConfig.from_dict(values | {"schedule": values["schedule"] | schedule})
+
+
+def project(tmp_path, horizon, configs, steps, **edits):
+    """The budget of a CE run of so many steps, from one run of each config with these milliseconds of its steps.
+
+    `edits` are for the second run.
+    """
+    runs = [
+        run_folder(tmp_path / "runs", "ce", "CE", config, val=VAL, step_ms=ms, **(edits if i == 1 else {}))
+        for i, (config, ms) in enumerate(zip(configs, steps, strict=True))
+    ]
+    budget.ce_baseline(runs, tmp_path / "timing.csv")
+    budget.set_budget(tmp_path / "timing.csv", 0.1, tmp_path / "budget.json", horizon, runs)
+    return json.loads((tmp_path / "budget.json").read_text())
+
+
+STAGES = [[10.0] * 50 + [30.0] * 50, [12.0] * 50 + [30.0] * 50, [20.0] * 50 + [40.0] * 50]
+WINDOWS = {"windows": [[8, 16]] * 2, "extension_windows": [16, 32]}
+
+
+def test_a_longer_budget_is_projected_from_each_stages_median_step(tmp_path):
+    """150 steps of each stage: 6000, 6300 and 9000 ms. A slow step changes no median."""
+    steps = [[*times[:-1], 999.0] for times in STAGES]
+    found = project(tmp_path, 300, map(staged, range(3)), steps)
+    assert (found["ce_train_time_ms"], found["budget_ms"]) == (6300.0, pytest.approx(630.0))
+    assert (found["horizon"], found["projected_from"]) == (300, 100)
+    assert budget.projection(found["projected_from"]) == " (projected from 100-step runs)"
+
+
+def test_a_projected_stage_has_the_steps_that_the_schedule_gives_it(tmp_path):
+    """Of 301 steps the second stage begins at the 150th, counted from 0."""
+    found = project(tmp_path, 301, [staged()], STAGES[:1])
+    assert found["ce_train_time_ms"] == 150 * 10.0 + 151 * 30.0
+
+
+def test_a_projected_time_is_at_the_speed_of_the_median_anchor(tmp_path):
+    """The second run's 6300 ms, on a machine that takes twice as long, are 3150."""
+    found = project(tmp_path, 300, map(staged, range(3)), STAGES, anchor_before_ms=20.0, anchor_after_ms=20.0)
+    assert (found["anchor_ms"], found["ce_train_time_ms"]) == (10.0, 6000.0)
+
+
+def test_an_extension_is_projected_by_its_own_steps_where_its_windows_differ(tmp_path):
+    steps = [[10.0] * 45 + [30.0] * 45 + [50.0] * 10]
+    apart = project(tmp_path / "apart", 300, [staged(extension_frac=0.1, **WINDOWS)], steps)
+    assert apart["ce_train_time_ms"] == 135 * 10.0 + 135 * 30.0 + 30 * 50.0
+    within = project(tmp_path / "within", 300, [staged(extension_frac=0.1)], steps)
+    assert within["ce_train_time_ms"] == 135 * 10.0 + 165 * 30.0
+
+
+def test_the_time_of_the_longest_horizon_itself_is_measured(tmp_path):
+    found = project(tmp_path, 100, [staged()], STAGES[:1], train_time_ms=2222)
+    assert (found["ce_train_time_ms"], found["horizon"], found["projected_from"]) == (2000.0, 100, None)
+    assert budget.projection(None) == ""
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "stage"),
+    [
+        ({}, [10.0] * 50, "stage 2 of 2"),
+        ({"extension_frac": 0.004, **WINDOWS}, STAGES[0], "the extension"),  # 0.4 steps of 100, 1.2 of 300
+    ],
+)
+def test_a_stage_that_no_step_was_measured_of_is_named(tmp_path, schedule, steps, stage):
+    lacks = rf"steps\.csv: holds no step of {stage}, so the time of 300 steps can't be projected"
+    with pytest.raises(AnalysisError, match=lacks):
+        project(tmp_path, 300, [staged(**schedule)], [steps])
+    assert not (tmp_path / "budget.json").exists()
+
+
+def test_a_stage_that_the_longer_run_lacks_too_is_not_asked_for(tmp_path):
+    found = project(tmp_path, 120, [staged(extension_frac=0.004, **WINDOWS)], STAGES[:1])
+    assert found["ce_train_time_ms"] == 60 * 10.0 + 60 * 30.0
+
+
+def test_a_run_without_its_folder_projects_nothing(tmp_path):
+    runs = [run_folder(tmp_path / "runs", "ce", "CE", staged(seed), val=VAL) for seed in range(2)]
+    budget.ce_baseline(runs, tmp_path / "timing.csv")
+    with pytest.raises(AnalysisError, match=f"no folder was given of {runs[1].run_id}"):
+        budget.set_budget(tmp_path / "timing.csv", 0.1, tmp_path / "budget.json", 300, runs[:1])
 
 
 def test_failed_ce_stops_with_run_reason_log_and_remedy(tmp_path):

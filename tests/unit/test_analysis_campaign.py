@@ -80,6 +80,38 @@ def test_nothing_that_is_decided_depends_on_the_speed_of_the_machine(campaign, t
     assert found[saved] / found["budget_ms"] == pytest.approx(ours[saved] / ours["budget_ms"])
 
 
+def test_the_teachers_share_of_ces_time(campaign):
+    """75 ms, of the 3 s of 300 steps and of the 1.5 s in which CE reaches the target."""
+    verdict, words = campaign.json("verdict.json"), words_of(page_of(campaign))
+    assert (verdict["teacher_share_of_ce"], verdict["within_of_ce"]) == (0.025, True)
+    assert (verdict["ce_time_to_target_ms"], verdict["teacher_share_to_target"]) == pytest.approx((1500.0, 0.05))
+    assert verdict["within_to_target"] and "projected from" not in words
+    assert "300 steps, as the budget has it 3.00 s 75 ms 2.5% yes" in words
+    assert "to the target, the mean of its seeds; stricter 1.50 s 75 ms 5.0% yes" in words
+
+
+def test_a_projected_budget_is_called_so_wherever_it_is_said(campaign, tmp_path):
+    """600 steps, twice the longest horizon."""
+    other = SyntheticCampaign(tmp_path, budget={"horizon": 600})
+    other.run_all()
+    budget, verdict, measured = other.json("budget.json"), other.json("verdict.json"), campaign.json("verdict.json")
+    assert (budget["budget_ms"], budget["horizon"], budget["projected_from"]) == (600.0, 600, 300)
+    words = "The teacher's budget of 600 ms is 10% of CE's time over 600 steps, projected from 300-step runs."
+    assert verdict["sentence"] == f"{measured['sentence']} {words}"
+    assert verdict["claimable"] and verdict["horizon"] == measured["horizon"] == 300
+    assert other.expanded("control_extra") == campaign.expanded("control_extra")
+    rejected = other.json("teacher/projected.json")["rejected"]["L4-H4-D32-150"]
+    assert rejected == "projected time 750.0 ms is over the budget of 600.0 ms (projected from 300-step runs)"
+    page = words_of(page_of(other))
+    for text in (
+        "of its budget of 600 ms (projected from 300-step runs), 12%",
+        "CE takes 6.00 s (projected from 300-step runs) over 600 steps (median of its seeds",
+        "600 steps (projected from 300-step runs), as the budget has it 6.00 s 75 ms 1.2% yes",
+        "75 ms of a budget of 600 ms (projected from 300-step runs), 4.5000 nats",
+    ):
+        assert text in page, text
+
+
 def test_tables_cover_every_run_of_every_arm(campaign):
     runs = read_rows(campaign.path("tables/runs.csv"))
     assert [(row["arm"], row["label"], row["run_id"]) for row in runs] == [

@@ -10,7 +10,7 @@ from kdclimb.analysis.tested import verdict_rows
 
 TEACHER = {"run_id": "teacher", "candidate": "A", "train_time_ms": 300.0, "final_val": 5.0, "budget_ms": 400.0}
 TEACHER |= {"imported": False}
-BUDGET = {"budget_ms": 400.0, "horizon": 100, "clock": "measured"}
+BUDGET = {"budget_ms": 400.0, "fraction": 0.1, "horizon": 100, "projected_from": None, "clock": "measured"}
 TARGET = {"value": 5.0, "consecutive": 2, "source": "teacher_final_val", "reason": "of a test", "fixed": []}
 RULES = Rules(confidence=0.95, p_value=0.01, power=0.8)
 POINTS = {"points": ["T1"], "reason": "best 1 of 1"}
@@ -33,11 +33,11 @@ def make(folder, arm, losses, seed=0, horizon=100, **values):
     return run_folder(folder, arm, f"CE {horizon}" if arm == "ce" else "T1", config, **values)
 
 
-def judge(runs, clock="measured", exploratory=False, points=POINTS):
+def judge(runs, clock="measured", exploratory=False, points=POINTS, budget=BUDGET):
     rows = compare.compare_rows(runs, TARGET, TEACHER)
     tested = verdict_rows(compare.reach(runs, TARGET, TEACHER, amortize=10), RULES, 100, imported=False)
     doubts = verdict.doubts_of(rows, runs, points["points"], clock, exploratory)
-    return verdict.verdict(rows, tested, BUDGET, TEACHER, TARGET, points, doubts)
+    return verdict.verdict(rows, tested, budget, TEACHER, TARGET, points, doubts)
 
 
 def pairs(folder, *pairs, **values):
@@ -125,6 +125,14 @@ def test_kd_pays_in_time_too_where_it_covers_its_teacher(tmp_path):
     result = judge(pairs(tmp_path, *[(AT_75, AT_25)] * 3))
     assert result["time_saved_with_teacher_ms_mean"] == 150.0 and result["kd_pays_time_with_teacher"] is True
     assert "counted it needed 150 ms less; without, 450 ms less" in result["sentence"]
+
+
+def test_a_projected_budget_is_named_and_forbids_no_claim(tmp_path):
+    runs = pairs(tmp_path, *[(AT_75, AT_50)] * 3)
+    measured, result = judge(runs), judge(runs, budget=BUDGET | {"horizon": 1555, "projected_from": 1000})
+    words = "The teacher's budget of 400 ms is 10% of CE's time over 1,555 steps, projected from 1,000-step runs."
+    assert result["sentence"] == f"{measured['sentence']} {words}"
+    assert result["claimable"] and (result["budget_projected_from"], result["horizon"]) == (1000, 100)
 
 
 def test_kd_later_than_ce_does_not_pay(tmp_path):

@@ -55,6 +55,23 @@ def test_break_even_by_hand(tmp_path):
     assert row["measured"] == pytest.approx(1 / 3) and row["pays"] == 0
 
 
+def test_the_teachers_share_of_the_budgets_run_and_of_ces_time_to_the_target(tmp_path):
+    """150 ms: exactly a tenth of the whole run, and a fifth of the 750 ms to the target."""
+    runs = [make(tmp_path, arm, losses, seed) for seed in range(3) for arm, losses in (("ce", CE), ("kd", KD))]
+    budget = {"ce_train_time_ms": 1500.0, "fraction": 0.1}
+    found = savings.teacher_shares(budget, TEACHER, tables(runs), "T1")
+    assert (found["teacher_share_of_ce"], found["within_of_ce"]) == (0.1, True)
+    assert (found["teacher_share_to_target"], found["within_to_target"]) == (pytest.approx(0.2), False)
+    assert found["ce_time_to_target_ms"] == 750.0
+
+
+@pytest.mark.parametrize(("teacher", "known"), [(TEACHER, 0.1), ({"run_id": None, "train_time_ms": None}, None)])
+def test_a_share_of_what_is_not_known_is_none(teacher, known):
+    found = savings.teacher_shares({"ce_train_time_ms": 1500.0, "fraction": 0.1}, teacher, [], None)
+    assert found["teacher_share_of_ce"] == known
+    assert [found[key] for key in ("ce_time_to_target_ms", "teacher_share_to_target", "within_to_target")] == [None] * 3
+
+
 def test_break_even_is_level_where_times_are(tmp_path):
     """At the saving that it asks for, KD's time with its teacher is CE's."""
     runs = [make(tmp_path, arm, losses) for arm, losses in (("ce", CE), ("kd", KD))]

@@ -18,6 +18,7 @@ BUDGET = {
     "device": "cpu",
     "fraction": 0.1,
     "horizon": 300,
+    "projected_from": None,
     "threads": 2,
 }
 
@@ -201,6 +202,15 @@ def test_no_teacher_is_a_result_that_says_why(tmp_path, budget):
     )
     targets.set_target(tmp_path / "selected.json", [4.0], tmp_path / "target.json")
     assert json.loads((tmp_path / "target.json").read_text())["value"] is None
+
+
+def test_a_projected_budget_is_called_so(tmp_path, budget):
+    write_json(budget, BUDGET | {"horizon": 1555, "projected_from": 1000})
+    rejected = measured_filter(tmp_path, budget, B={"step_ms": 10.1})["rejected"]
+    assert "is over the budget of 1,000.0 ms (projected from 1,000-step runs)" in rejected["B"]
+    measured_filter(tmp_path / "none", budget, B={"status": "oom", "reason": "x"})
+    reason = select(tmp_path / "none", budget)["reason"]
+    assert reason.startswith("no teacher meets the budget of 1,000.0 ms (projected from 1,000-step runs): B: ")
 
 
 def test_nothing_to_train_is_an_empty_table(tmp_path, budget):

@@ -279,8 +279,9 @@ class SyntheticCampaign:
 
     def baseline(self):
         self.script("ce_baseline", *self.flags("ce"), "--log", "", "--out", self.path("ce/timing.csv"))
-        flags = "--timing", self.path("ce/timing.csv"), "--fraction", "0.1", "--out", self.path("budget.json")
-        self.script("budget", *flags)
+        horizon = self.campaign.budget.horizon
+        flags = "--timing", self.path("ce/timing.csv"), "--fraction", "0.1", "--horizon", horizon or 0
+        self.script("budget", *flags, *(self.flags("ce") if horizon else ()), "--out", self.path("budget.json"))
 
     def teachers(self):
         p = self.path

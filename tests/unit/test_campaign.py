@@ -171,6 +171,33 @@ def test_extra_steps_are_worth_the_teachers_time(tiny):
     assert [(r.label, r.config.schedule.horizon, r.config.kd) for r in extra] == [("4 more steps", 79, None)] * 2
 
 
+def test_extra_steps_are_worth_the_teachers_time_under_a_projected_budget_too():
+    """The same teacher, of a budget that is of 750 steps: CE goes on for 6 % of these."""
+    config = campaign.load(merged("tests/tiny.yaml", {"budget": {"horizon": 750}}), ROOT)
+    runs = expansion.extended(config, {"train_time_ms": 600.0, "budget_ms": 1000.0})
+    assert {(r.label, r.config.schedule.horizon) for r in runs} == {("45 more steps", 120)}
+
+
+@pytest.mark.parametrize(
+    ("overlay", "allowed"),
+    [
+        ({"budget": {"horizon": 74}}, r"null, or at least the last of train\.horizons \(75\)"),
+        (
+            {
+                "budget": {"horizon": 750},
+                "baseline": {"source": "log", "log": "README.md"},
+                "controls": {"extra_steps": False},
+            },
+            "null under baseline.source: log, whose time is that of its own run",
+        ),
+    ],
+)
+def test_a_budgets_horizon_is_no_shorter_than_the_runs_and_no_logs(overlay, allowed):
+    with pytest.raises(ConfigError, match=rf"budget\.horizon: {overlay['budget']['horizon']} is not.*{allowed}"):
+        campaign.load(merged("tests/tiny.yaml", overlay), ROOT)
+    campaign.load(merged("tests/tiny.yaml", {"budget": {"horizon": 75}}), ROOT)
+
+
 def test_controls_can_be_left_out():
     off = {
         "ce_grid": {"lr_mult": []},

@@ -105,7 +105,7 @@ def test_the_seeds_figure_of_the_budget(tmp_path):
     read(tmp_path, SOURCE + CE, "ce.txt")
     timing, budget = tmp_path / "timing.csv", tmp_path / "budget.json"
     assert run_script("ce_baseline", "--log", tmp_path / "ce.txt", "--out", timing) == 0
-    assert run_script("budget", "--timing", timing, "--fraction", "0.1", "--out", budget) == 0
+    assert run_script("budget", "--timing", timing, "--fraction", "0.1", "--horizon", "0", "--out", budget) == 0
     found = json.loads(budget.read_text())
     assert round(found["budget_ms"]) == 69402 and found["ce_train_time_ms"] == 694015.0
     assert (found["horizon"], found["clock"], found["device"]) == (1555, "logged", "NVIDIA H100 80GB HBM3")
@@ -172,7 +172,7 @@ def test_a_logs_budget_is_never_a_claim(tmp_path):
         campaign.script("ce_baseline", "--log", tmp_path / "ce.txt", "--out", campaign.path("ce/timing.csv")),
         campaign.script(
             *("budget", "--timing", campaign.path("ce/timing.csv"), "--fraction", "0.1"),
-            *("--out", campaign.path("budget.json")),
+            *("--horizon", 0, "--out", campaign.path("budget.json")),
         ),
     )
     campaign.run_all()

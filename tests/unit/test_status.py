@@ -22,8 +22,8 @@ from kdclimb.jobs import FAILURES, JOB_COLUMNS, write_failures
 class Halfway:
     """A synthetic campaign whose results are laid out as ./run lays them out."""
 
-    def __init__(self, folder):
-        self.made, self.results = SyntheticCampaign(folder), folder / "results"
+    def __init__(self, folder, **changes):
+        self.made, self.results = SyntheticCampaign(folder, **changes), folder / "results"
         self.results.mkdir()
         (self.results / "runs").symlink_to(self.made.runs, target_is_directory=True)
         self.made.runs.mkdir()
@@ -50,8 +50,8 @@ class Halfway:
 
 
 @pytest.fixture
-def halfway(tmp_path, monkeypatch):
-    halfway = Halfway(tmp_path)
+def halfway(tmp_path, monkeypatch, request):
+    halfway = Halfway(tmp_path, **getattr(request, "param", {}))
     data = "unprepared"  # what the synthetic campaign's runs are expanded with
     monkeypatch.setattr(status, "data_id", lambda campaign, root: data)
     return halfway
@@ -71,6 +71,13 @@ def test_after_the_baseline_the_budget_is_known_and_ce_is_shown(halfway):
     page = halfway.page()
     assert 'data-chart="val_loss_steps"' in page and "the KD screen" in page
     assert "10 of 19 runs known so far have ended" in page
+
+
+@pytest.mark.parametrize("halfway", [{"budget": {"horizon": 600}}], indirect=True)
+def test_a_projected_budget_is_called_so(halfway):
+    halfway.made.baseline()
+    assert "budget: 600 ms (projected from 300-step runs); no teacher selected yet" in halfway.printed()
+    assert "CE takes 6.00 s (projected from 300-step runs) over 600 steps (median of its seeds" in halfway.page()
 
 
 def test_a_finished_campaign_has_no_stage_left(halfway):

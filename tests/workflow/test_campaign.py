@@ -349,6 +349,19 @@ def test_without_a_teacher_in_the_budget_it_ends_well_and_says_so(changed):
     assert verdict["sentence"].split(":")[0] in (results / "report/index.html").read_text()
 
 
+def test_a_projected_budget_is_set_from_the_runs_that_are_there(changed):
+    """Of 150 steps, from two runs of 75 and their two stages."""
+    arguments = ["results/longer/budget.json", *overlay(changed, "longer", campaign="longer", budget={"horizon": 150})]
+    before = changed.attempts()
+    changed.run(*arguments)
+    assert changed.attempts() == before
+    measured, found = (json.loads((changed.path / f"results/{c}/budget.json").read_text()) for c in ("tiny", "longer"))
+    assert (measured["horizon"], measured["projected_from"]) == (75, None)
+    assert (found["horizon"], found["projected_from"], found["ce_run_ids"]) == (150, 75, measured["ce_run_ids"])
+    assert found["budget_ms"] == pytest.approx(2 * measured["budget_ms"], rel=0.02)
+    assert "Nothing to be done" in changed.run("-n", *arguments)
+
+
 def test_a_diverged_ce_baseline_stops_the_campaign_with_a_clear_word(checkout):
     arguments = overlay(checkout, "hot", train={"horizons": [50], "seeds": [0]}, optim={"adam": {"lr": 1e30}})
     output = checkout.run("results/tiny/budget.json", *arguments, code=None)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from html import escape
 from typing import NamedTuple
 
+from kdclimb.analysis.budget import projection
 from kdclimb.analysis.ledger import LEDGER_COLUMNS
 from kdclimb.analysis.paired import WORSE
 from kdclimb.analysis.report.parts import (
@@ -98,11 +99,12 @@ def _spread(row: dict) -> str:
 
 def _budget_line(page: Page) -> str:
     """The teacher's time of its budget, as words and as a bar."""
-    share, teacher, budget = (page.facts[name] for name in ("budget_share", "teacher_ms", "budget_ms"))
+    share, teacher = (page.facts[name] for name in ("budget_share", "teacher_ms"))
+    budget = show_ms(page.facts["budget_ms"]) + projection(page.facts["projected_from"])
     if share is None or teacher is None:
-        return f'<p class="budget">No teacher within the budget of {show_ms(budget)}.</p>'
+        return f'<p class="budget">No teacher within the budget of {budget}.</p>'
     return (
-        f'<p class="budget">Teacher: <b>{show_ms(teacher)}</b> of its budget of {show_ms(budget)}, '
+        f'<p class="budget">Teacher: <b>{show_ms(teacher)}</b> of its budget of {budget}, '
         f'{share:.0%}</p><div class="bar"><i style="width:{min(share, 1):.1%}"></i></div>'
     )
 
@@ -153,9 +155,9 @@ def advice_section(page: Page) -> str:
 def budget_section(page: Page) -> str:
     budget, facts, teacher = page.data["budget"], page.facts, page.data["selected"]
     terms = (
-        f"CE takes {show_ms(facts['ce_train_time_ms'])} over {number('horizon')(facts)} steps (median of its seeds; "
-        f"{escape(str(budget['device']))}, {text('threads')(facts)} thread{'s' * (facts['threads'] != 1)}, "
-        f"{escape(budget['clock'])} clock). "
+        f"CE takes {show_ms(facts['ce_train_time_ms'])}{projection(facts['projected_from'])} over "
+        f"{number('horizon')(facts)} steps (median of its seeds; {escape(str(budget['device']))}, "
+        f"{text('threads')(facts)} thread{'s' * (facts['threads'] != 1)}, {escape(budget['clock'])} clock). "
         f"A teacher may take {facts['fraction']:.0%} of that: {show_ms(facts['budget_ms'])}."
     )
     if teacher is None:
@@ -171,7 +173,34 @@ def budget_section(page: Page) -> str:
         f"{'is declared to have taken' if teacher['imported'] else 'took'} {show_ms(facts['teacher_ms'])}{share} "
         f"and reached {facts['teacher_final_val']:.4f} nats, which is the target.</p>"
     )
-    return section("Teacher budget", terms, used, page.links("headline", "budget", "selected", "target", "timing"))
+    links = page.links("headline", "budget", "selected", "target", "timing", "break_even", "verdict")
+    return section("Teacher budget", terms, used, _shares(page), links)
+
+
+def _shares(page: Page) -> str:
+    """The teacher's time beside CE's, by the budget's measure and by a stricter one; empty before the comparison."""
+    verdict, facts = page.data["verdict"], page.facts
+    if verdict is None:
+        return ""
+    whole = f"{number('horizon')(facts)} steps{projection(facts['projected_from'])}, as the budget has it"
+    rows = [
+        {"measure": whole, "ce": "ce_train_time_ms", "share": "teacher_share_of_ce", "within": "within_of_ce"},
+        {
+            "measure": "to the target, the mean of its seeds; stricter",
+            "ce": "ce_time_to_target_ms",
+            "share": "teacher_share_to_target",
+            "within": "within_to_target",
+        },
+    ]
+    words = {True: "yes", False: "no", None: "not known"}
+    columns = [
+        Column("CE&rsquo;s time", text("measure"), words=True),
+        Column("CE", lambda row: ms(row["ce"])(facts)),
+        Column("Teacher", lambda row: ms("teacher_ms")(facts)),
+        Column("Share", lambda row: quantity(row["share"], "{:.1%}".format)(facts)),
+        Column(f"Within {facts['fraction']:.0%}", lambda row: words[verdict[row["within"]]], words=True),
+    ]
+    return table(rows, columns, "")
 
 
 def alive_section(page: Page) -> str:
