@@ -121,15 +121,15 @@ def test_units_are_not_in_the_meaning_as_well():
 
 
 def test_a_leaf(capsys):
-    code, out, err = command(capsys, "explain", "kd.post_stop_lr", "--configfile", ROOT / "config/h100.yaml")
+    code, out, err = command(capsys, "explain", "student.num_layers", "--configfile", ROOT / "config/h100.yaml")
     assert (code, err) == (0, "")
     assert out.splitlines() == [
-        "kd.post_stop_lr: LR multiplier after the KD stop.",
-        "  value    0.35",
-        "  default  0.7",
-        "  unit     multiple of the base LR",
-        "  allowed  number, above 0",
-        "  seed     KD_LR_POST_STOP_MULT",
+        "student.num_layers: Blocks.",
+        "  value    11",
+        "  default  3",
+        "  unit     blocks",
+        "  allowed  integer, at least 1",
+        "  seed     MODEL_NUM_LAYERS",
     ]
 
 
