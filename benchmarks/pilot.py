@@ -6,8 +6,9 @@ python benchmarks/pilot.py --tables results/pilot    # of the blocks that are in
 Arms: ce; ce:boost, CE with the LR boost of KD's grid; ce:fp8, with products of the logits in FP8; ce:plain, without the
 student's bigram table; teacher and small, the config's two candidates, and bigram and trigram, which are counted. KD is
 TEACHER:F, in the first F of the tokens (dense:F from `teacher`), with options after it: an alpha; norm, the dynamic
-norm; plain, to a student without bigram table. The run configs are those of the workflow. Only tables are kept, no
-weights. Runs compare within one block alone; one that a block has is not trained again.
+norm; plain, to a student without bigram table; hidden or samples, a neural teacher's targets from a cache of these,
+whose time is counted with the teacher's. The run configs are those of the workflow. Only tables are kept, no weights.
+Runs compare within one block alone; one that a block has is not trained again.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from scipy.stats import t
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import read_rows
-from kdclimb import campaign, count_ngrams, expansion
+from kdclimb import campaign, count_ngrams, expansion, write_cache
 from kdclimb.artifacts import write_csv, write_json
-from kdclimb.config import BoostConfig, RunConfig
+from kdclimb.cache import DESCRIPTION
+from kdclimb.config import BoostConfig, CacheConfig, RunConfig
 from kdclimb.configfiles import read_config
 from kdclimb.prepare import prepare
 from kdclimb.run import run as train
@@ -41,6 +43,7 @@ WORK = ROOT / "results/runs"
 CONFIGS = [ROOT / "config/seed155.yaml", ROOT / "config/pilot155.yaml"]
 KEPT = ("config.json", "status.json", "steps.csv", "summary.csv", "train.log", "val.csv")
 BOOST = BoostConfig(2.0, 0.15, 0.30)
+CACHES = ("hidden", "samples")
 TEACHERS = {"dense": "teacher", "small": "small", "bigram": "bigram", "trigram": "trigram"}
 CONFIDENCE = 0.95
 RUN_COLUMNS = (
@@ -78,7 +81,7 @@ class Block:
         self.campaign, self.out = campaign.load(values, ROOT), out
         data = campaign.data_id(self.campaign, ROOT)
         self.manifest = prepared(self.campaign, data)
-        self.make = expansion.Expansion(self.campaign, data)
+        self.data, self.make = data, expansion.Expansion(self.campaign, data)
         self.work, self.done = WORK, []
         if (out / "block.json").is_file():
             self.done = json.loads((out / "block.json").read_text())["runs"]
@@ -117,20 +120,35 @@ class Block:
             self.train(arm, config, None)
             return
         teacher = self.teacher(TEACHERS[kind])
-        numbers = [float(word) for word in rest if word not in ("norm", "plain")]
+        numbers = [float(word) for word in rest if word not in ("norm", "plain", *CACHES)]
         kd = dataclasses.replace(self.make.kd(teacher.parent.name, 1.0), token_frac=numbers[0])
         kd = dataclasses.replace(kd, alpha=(numbers[1:] or [kd.alpha])[0], dynamic_norm="norm" in rest)
-        self.train(arm, self.make.run("kd", arm, kd=kd, **options).config, teacher)
+        kinds = [word for word in rest if word in CACHES]
+        section = dataclasses.replace(self.campaign.kd, cache=(kinds or ["none"])[0])
+        make = expansion.Expansion(dataclasses.replace(self.campaign, kd=section), self.data)
+        config = make.run("kd", arm, kd=kd, cached=True, **options).config
+        cache = self.cache(make.caches[config.kd.cache], teacher) if kinds else None
+        self.train(arm, config, teacher, cache)
 
-    def train(self, arm: str, config: RunConfig, teacher: Path | None) -> None:
+    def cache(self, config: CacheConfig, teacher: Path) -> Path:
+        """The cache of the teacher's targets, written here if it isn't yet."""
+        out = self.work.parent / "caches" / config.cache_id
+        out.parent.mkdir(exist_ok=True)
+        if not out.is_dir():
+            write_cache.write(config, out, self.manifest, teacher, 8)
+        return out
+
+    def train(self, arm: str, config: RunConfig, teacher: Path | None, cache: Path | None = None) -> None:
         out = self.work / config.run_id
         out.mkdir(parents=True, exist_ok=True)
-        code = train(config, out, self.manifest, teacher, threads=8, any_code=False, last_attempt=True)
+        code = train(config, out, self.manifest, teacher, threads=8, any_code=False, last_attempt=True, cache=cache)
         if code:
             raise SystemExit(f"{config.run_id}: ended with exit code {code}; see its train.log")
         if arm not in TEACHERS.values():
             shutil.rmtree(out / "checkpoints", ignore_errors=True)  # a student's weights; a failed one has none
             self.keep(arm, config.run_id, config.seed)
+        if cache is not None:
+            shutil.copy(cache / DESCRIPTION, self.out / config.run_id / DESCRIPTION)
         gc.collect()
         if config.device == "cuda":
             torch.cuda.empty_cache()
@@ -154,7 +172,7 @@ class Run:
     """One run's tables, as numbers."""
 
     def __init__(self, folder: Path, arm: str, seed: int | None):
-        self.block, self.arm, self.seed, self.run_id = folder.parent.name, arm, seed, folder.name
+        self.folder, self.block, self.arm, self.seed, self.run_id = folder, folder.parent.name, arm, seed, folder.name
         self.config = json.loads((folder / "config.json").read_text())
         status = json.loads((folder / "status.json").read_text())
         self.status, self.shared_device = status["status"], status["shared_device"]  # with another run: no times
@@ -164,6 +182,13 @@ class Run:
         self.step_ms = [after - before for before, after in zip(ends, ends[1:])]
         self.teacher: Run | None = None
         self.control: Run | None = None  # CE of the same block, seed and model
+
+    @property
+    def teacher_ms(self) -> float:
+        """What the teacher cost before the run began, the cache of its targets included."""
+        cache = self.folder / DESCRIPTION
+        written = json.loads(cache.read_text())["cost_ms"] if cache.is_file() else 0.0
+        return float(self.teacher.summary["train_time_ms"]) + written
 
     @property
     def active(self) -> list[bool]:
@@ -248,7 +273,7 @@ def run_row(run: Run) -> dict:
     shares = run.kd_shares
     return row | {
         "teacher": run.teacher.run_id,
-        "teacher_ms": run.teacher.summary["train_time_ms"],
+        "teacher_ms": run.teacher_ms,
         "kd_step_share": run.step_share,
         "kd_overhead": run.overhead,
         "kd_share_first": shares[0] if shares else None,
@@ -333,16 +358,15 @@ def saved(run: Run, target: float) -> dict:
         return row
     at = ce.step_ms[min(len(ce.step_ms) - 1, int(theirs["step"]))]
     extra = sum(kd - plain for kd, plain, on in zip(run.step_ms, ce.step_ms, run.active) if on)
-    teacher_ms = float(run.teacher.summary["train_time_ms"])
     row |= {
         "ce_ms": theirs["train_time_ms"],
-        "teacher_over_ce": teacher_ms / theirs["train_time_ms"],
+        "teacher_over_ce": run.teacher_ms / theirs["train_time_ms"],
         "steps_saved_needed": extra / at,
-        "steps_saved_needed_with_teacher": (extra + teacher_ms) / at,
+        "steps_saved_needed_with_teacher": (extra + run.teacher_ms) / at,
     }
     if mine is None:
         return row
-    with_teacher = mine["train_time_ms"] + teacher_ms
+    with_teacher = mine["train_time_ms"] + run.teacher_ms
     return row | {
         "kd_ms": mine["train_time_ms"],
         "kd_ms_with_teacher": with_teacher,
