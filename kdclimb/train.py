@@ -36,6 +36,7 @@ from kdclimb.teacher import checkpoint_facts, grow, load_teacher, random_teacher
 
 WARMUP_STEPS = 2
 CHECKPOINT_PAUSE = 10.0  # checkpoints lie so many times as far apart as one takes: seconds for a large model
+CHECKPOINT_SPEED = 5e8  # bytes a second that the first one is taken to be copied, hashed and written with
 SHARE_EVERY = 10  # steps between two measurements of kd_share, which takes a little more than the loss alone
 
 
@@ -105,10 +106,10 @@ def read_state(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 class Paced:
-    """`action`, but not again before CHECKPOINT_PAUSE times as long as it took last is over."""
+    """`action`, but not before CHECKPOINT_PAUSE times as long as it took last is over; `expected` seconds the first."""
 
-    def __init__(self, action):
-        self.action, self.ready = action, -math.inf
+    def __init__(self, action, expected: float):
+        self.action, self.ready = action, time.perf_counter() + CHECKPOINT_PAUSE * expected
 
     def __call__(self) -> None:
         began = time.perf_counter()
@@ -203,7 +204,8 @@ class Trainer:
 
     def train(self, checkpoint, should_stop, progress) -> None:
         """Train to the stop step. `checkpoint()` is called after validations, `should_stop()` after each step."""
-        after_validation = Paced(checkpoint)
+        size = 3 * sum(p.nbytes for p in self.model.parameters())  # with about two moments of each
+        after_validation = Paced(checkpoint, size / CHECKPOINT_SPEED)
         every, stop = self.config.validation.every, self.config.schedule.stop_step
         untie = self.optimizers.untie_step(self.config.schedule.scheduled)
         if self.step == 0:

@@ -531,10 +531,10 @@ def test_checkpoints_that_take_long_are_rarer(monkeypatch):
         now[0] += 2.0
 
     monkeypatch.setattr(train_module.time, "perf_counter", lambda: now[0])
-    paced = train_module.Paced(checkpoint)
-    for now[0] in (5.0, 10.0, 26.0, 28.0, 60.0):
+    paced = train_module.Paced(checkpoint, 0.3)
+    for now[0] in (2.0, 5.0, 10.0, 26.0, 28.0, 60.0):
         paced()
-    assert made == [5.0, 28.0, 60.0]
+    assert made == [5.0, 28.0, 60.0]  # the first after ten times what was expected
 
 
 def test_label_smoothing_has_the_gradient_of_torchs(tiny_runs, manifest):
