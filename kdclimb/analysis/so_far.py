@@ -5,17 +5,19 @@ All goes to `so_far/` in the campaign's folder: what the workflow makes has one 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import copy
 from pathlib import Path
 
 from kdclimb.analysis import compare, ledger
+from kdclimb.analysis.budget import BUDGET_KEYS
 from kdclimb.analysis.cautions import job_warning
 from kdclimb.analysis.details import OUTPUTS as DETAILS
-from kdclimb.analysis.details import headline_rows, tables_of
+from kdclimb.analysis.details import VERDICT_KEYS, headline_rows, tables_of
 from kdclimb.analysis.report import INPUTS, report
-from kdclimb.analysis.selection import as_measured
+from kdclimb.analysis.selection import SELECTED_KEYS, as_measured
 from kdclimb.analysis.tables import RUN_COLUMNS, AnalysisError, RunFolder, read_csv, read_json, write_csv
+from kdclimb.analysis.targets import TARGET_KEYS
 from kdclimb.analysis.tested import VERDICT_COLUMNS
 from kdclimb.analysis.traces import PAGE_COLUMNS
 from kdclimb.artifacts import LOG, write_json
@@ -123,7 +125,8 @@ def _write_tables(
 
 def _headline(files: dict[str, Path]) -> list[dict]:
     """The headline of what is decided; with the savings once all of the comparison is there."""
-    decisions = {name: _decision(files[name], None) for name in ("budget", "selected", "target", "verdict")}
+    keys = {"budget": BUDGET_KEYS, "selected": SELECTED_KEYS, "target": TARGET_KEYS, "verdict": VERDICT_KEYS}
+    decisions = {name: _decision(files[name], None, needed) for name, needed in keys.items()}
     if decisions["verdict"] is None:
         return headline_rows(decisions, [], [])
     compared = [files["compare"], files["tests"]]
@@ -140,8 +143,9 @@ def _write_ledger(campaign: Campaign, runs: list[RunFolder], target: Path, out: 
     return path
 
 
-def _decision(path: Path, otherwise: dict | None) -> dict | None:
-    return read_json(path) if path.is_file() else copy(otherwise)
+def _decision(path: Path, otherwise: dict | None, keys: Iterable[str] = ()) -> dict | None:
+    """What is in the file, which must have `keys` (another version's may not); `otherwise` where there is none."""
+    return read_json(path, keys) if path.is_file() else copy(otherwise)
 
 
 def _teacher_known(run: RunFolder, teacher: dict) -> bool:

@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import json
 import os
 import shutil
 import time
@@ -15,7 +16,7 @@ from test_analysis_synthetic import SyntheticCampaign, read_rows
 from kdclimb import status
 from kdclimb.__main__ import main
 from kdclimb.analysis.so_far import report_so_far
-from kdclimb.analysis.tables import RUN_COLUMNS, read_csv
+from kdclimb.analysis.tables import RUN_COLUMNS, AnalysisError, read_csv
 from kdclimb.jobs import FAILURES, JOB_COLUMNS, write_failures
 
 
@@ -91,6 +92,17 @@ def test_the_page_so_far_of_a_finished_campaign_is_whole(halfway):
     halfway.made.run_all()
     page = halfway.page()
     assert 'data-cell="steps_saved"' in page and "KD pays in steps" in page and "not-there-yet" not in page
+
+
+def test_a_decision_of_another_version_is_named(halfway):
+    halfway.made.run_all()
+    path = halfway.made.out / "budget.json"
+    decision = json.loads(path.read_text())
+    del decision["projected_from"]
+    path.with_name(".budget.json.sha256").unlink(missing_ok=True)
+    path.write_text(json.dumps(decision))
+    with pytest.raises(AnalysisError, match="budget.json: lacks projected_from"):
+        halfway.page()
 
 
 def test_a_run_in_flight_has_its_step_loss_and_time_left(halfway):
