@@ -105,8 +105,8 @@ rule kd_profile:
         gpu_model="" if GPU_TYPE == "default" else GPU_TYPE,
         compile_cache=compile_cache(),
     params:
-        runs=lambda wildcards: " ".join(
-            f"--run {shlex.quote(f'{run.label}|{run.config.canonical()}')}" for run in runs("isolate")
+        runs=lambda wildcards: shlex.join(
+            word for run in runs("isolate") for word in ("--run", f"{run.label}|{run.config.canonical()}")
         ),
         code=code("kd_profile"),
     shell:
