@@ -91,7 +91,7 @@ def measure(
     """(median milliseconds, peak memory in GiB on a GPU) of `rounds` steps of each arm, an even number.
 
     An arm is what makes the trainer's next step its own. Arms take turns of three steps, the first of them untimed: in
-    training a step follows one of its own kind, and the allocator's memory is laid out for it. The timed ones are
+    training a step follows one of its own kind, and the first of a stage meets its windows anew. The timed ones are
     `first` + 1 and `first`: Adam steps in every second one, as in training.
     """
     times: dict[str, list[float]] = {arm: [] for arm in arms}

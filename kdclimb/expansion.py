@@ -7,7 +7,6 @@ checkpoints wrote. No torch and no I/O: the Snakefile calls this each time it is
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import math
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from kdclimb.config import (
     PolicyConfig,
     RunConfig,
     ScheduleConfig,
+    short_hash,
 )
 from kdclimb.schedule import kd_tokens, total_tokens
 from kdclimb.sections import Campaign, Candidate, CEGridSection, GridSection, KDSection
@@ -113,8 +113,7 @@ def shared_jobs(campaign: Campaign, runs: list[Run]) -> dict[str, list[Run]]:
         short, count = _short(campaign, stage, members)
         for i in range(count):
             dealt = short[i::count]
-            ids = hashlib.sha256(" ".join(run.run_id for run in dealt).encode()).hexdigest()
-            jobs[f"{stage}-{i + 1}of{count}-{ids[:8]}"] = dealt
+            jobs[f"{stage}-{i + 1}of{count}-{short_hash(' '.join(run.run_id for run in dealt))}"] = dealt
     return jobs
 
 

@@ -321,12 +321,12 @@ class Timing:
         if None in estimates:
             return "-", ""
         sources = ", ".join(dict.fromkeys(estimate.source for estimate in estimates))
-        return show_time(sum(estimate.ms for estimate in estimates)), sources
+        return show_time(math.fsum(estimate.ms for estimate in estimates)), sources
 
     def hours(self, ids: Iterable[str]) -> float | None:
         """Of these runs one after the other; None where one's time isn't known."""
         estimates = [self.estimates[run_id] for run_id in ids]
-        return None if None in estimates else sum(estimate.ms for estimate in estimates) / HOUR_MS
+        return None if None in estimates else math.fsum(estimate.ms for estimate in estimates) / HOUR_MS
 
     def total(self, planned: Planned) -> str:
         """Runs, tokens and time of everything; a run that several stages ask for counts once."""
@@ -335,7 +335,7 @@ class Timing:
         known = [self.estimates[run_id].ms for run_id in ids if self.estimates[run_id] is not None]
         done = sum(run_id in self.finished for run_id in ids)
         text = f"{len(ids):,} runs ({done:,} finished), {sum(self.tokens[run_id] for run_id in ids):,} tokens, time "
-        text += show_time(sum(known)) if known else "-"
+        text += show_time(math.fsum(known)) if known else "-"  # sum() rounds otherwise from Python 3.12 on
         if known and len(known) < len(ids):
             text += f" for {len(known):,} of them"
         if len(ids) < len(asked):

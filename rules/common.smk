@@ -49,7 +49,7 @@ wildcard_constraints:
     run=rf"(?!{PREFIX}|{NGRAM_PREFIX})[A-Za-z0-9.-]+",
     cache=r"[a-z_]+-[0-9a-f]+",
     table=rf"{NGRAM_PREFIX}[A-Za-z0-9.-]+",
-    batch=r"[a-z_]+-\d+of\d+-[0-9a-f]{8}",
+    batch=r"[a-z_]+-\d+of\d+-[0-9a-f]{12}",
 
 
 def of_profile(name, otherwise):

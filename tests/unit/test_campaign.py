@@ -76,7 +76,7 @@ def test_short_runs_of_a_stage_share_jobs_that_take_about_as_long():
 
 def test_points_of_a_screen_share_jobs_by_their_number_and_a_job_has_room_for_so_many_configs():
     jobs, _, _ = shared({"cluster": {"points_per_job": 3, "tokens_per_job": 0}})
-    assert {name[:-9]: len(members) for name, members in jobs.items()} == {"screen-1of2": 2, "screen-2of2": 2}
+    assert {name[:-13]: len(members) for name, members in jobs.items()} == {"screen-1of2": 2, "screen-2of2": 2}
     other, _, _ = shared({"kd": {"alpha": 0.3}, "cluster": {"points_per_job": 3, "tokens_per_job": 0}})
     assert not other.keys() & jobs.keys()  # other runs, so that a checkpoint's new decision makes a new job
     grid = {"temperature": [1 + i / 20 for i in range(40)], "lr_boost": [1.5]}

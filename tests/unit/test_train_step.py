@@ -57,6 +57,13 @@ def test_a_fixed_order_is_an_arm(rows):
         assert rows["kdclimb", f"{case};stage={stage}", "ratio_to_ce"] == pytest.approx(fixed / plain)
 
 
+@pytest.mark.parametrize("text", ["0", "3", "-2", "two"])
+def test_rounds_are_an_even_number(text):
+    assert train_step.even("4") == 4
+    with pytest.raises(argparse.ArgumentTypeError, match="even number"):
+        train_step.even(text)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
