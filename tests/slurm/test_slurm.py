@@ -18,7 +18,7 @@ from kdclimb.jobs import OF_THE_REQUEST
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 TOO_LARGE = {"num_layers": 40, "num_heads": 32, "head_dim": 64, "steps": 30}
-OVER_LIMIT, WITHOUT_MASTER = 300, 400  # steps, of which some are left when the run is held
+OVER_LIMIT, WITHOUT_MASTER = 300, 200  # steps, of which some are left when the run is held
 
 
 def one_run(master: Master, steps: int, **changes) -> tuple[str, list[str]]:
