@@ -6,9 +6,9 @@ python benchmarks/pilot.py --tables results/pilot    # of the blocks that are in
 Arms: ce; ce:boost, CE with the LR boost of KD's grid; ce:fp8, with products of the logits in FP8; ce:plain, without the
 student's bigram table; teacher and small, the config's two candidates, and bigram and trigram, which are counted. KD is
 TEACHER:F, in the first F of the tokens (dense:F from `teacher`), with options after it: an alpha; norm, the dynamic
-norm; plain, to a student without bigram table; hidden or samples, a neural teacher's targets from a cache of these,
-whose time is counted with the teacher's. The run configs are those of the workflow. Only tables are kept, no weights.
-Runs compare within one block alone; one that a block has is not trained again.
+norm; plain, to a student without bigram table; hidden, top_k or samples, a neural teacher's targets from a cache of
+these, whose time is counted with the teacher's. The run configs are those of the workflow. Only tables are kept, no
+weights. Runs compare within one block alone; one that a block has is not trained again.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ WORK = ROOT / "results/runs"
 CONFIGS = [ROOT / "config/seed155.yaml", ROOT / "config/pilot155.yaml"]
 KEPT = ("config.json", "status.json", "steps.csv", "summary.csv", "train.log", "val.csv")
 BOOST = BoostConfig(2.0, 0.15, 0.30)
-CACHES = ("hidden", "samples")
+CACHES = ("hidden", "top_k", "samples")
+TOP_K = 64
 TEACHERS = {"dense": "teacher", "small": "small", "bigram": "bigram", "trigram": "trigram"}
 CONFIDENCE = 0.95
 RUN_COLUMNS = (
@@ -124,6 +125,8 @@ class Block:
         kd = dataclasses.replace(self.make.kd(teacher.parent.name, 1.0), token_frac=numbers[0])
         kd = dataclasses.replace(kd, alpha=(numbers[1:] or [kd.alpha])[0], dynamic_norm="norm" in rest)
         kinds = [word for word in rest if word in CACHES]
+        if "top_k" in kinds:
+            kd = dataclasses.replace(kd, top_k=TOP_K)
         section = dataclasses.replace(self.campaign.kd, cache=(kinds or ["none"])[0])
         make = expansion.Expansion(dataclasses.replace(self.campaign, kd=section), self.data)
         config = make.run("kd", arm, kd=kd, cached=True, **options).config
