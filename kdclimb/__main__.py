@@ -122,7 +122,8 @@ def _add_bundle(commands, config, results) -> None:
     into = ways.add_parser("import", help="take a bundle; refused as a whole if anything is amiss", parents=[results])
     into.add_argument("file", type=Path, metavar="FILE", help="what bundle export wrote")
     into.add_argument("--any-code", action="store_true", help="also results of other code than this checkout's")
-    into.set_defaults(call=lambda args: bundle.import_(args.file, args.results, args.any_code))
+    into.add_argument("--keep", action="store_true", help="runs and files that are here with another content stay")
+    into.set_defaults(call=lambda args: bundle.import_(args.file, args.results, args.any_code, args.keep))
 
 
 def _add_import(commands, config, results) -> None:

@@ -155,9 +155,10 @@ def _add(archive: tarfile.TarFile, name: str, size: int, stream: BinaryIO) -> No
 # ---- import -------------------------------------------------------------------------------------
 
 
-def import_(file: Path, results: Path, any_code: bool) -> str:
+def import_(file: Path, results: Path, any_code: bool, keep: bool = False) -> str:
     """Take a bundle into `results`; returns what to tell the user.
 
+    With `keep`, a run or a campaign's file that is here with another content stays, and the bundle's is left out.
     Raises BundleError, before anything is written, if a file is not as the index says or not where a result may lie, if
     a run is not the one that its folder's name stands for, if another result is in the way, or, without `any_code`, if
     it comes of other code than this checkout's.
@@ -167,15 +168,20 @@ def import_(file: Path, results: Path, any_code: bool) -> str:
         runs, manifest = _check_contents(archive, index)
         if not any_code:
             _check_code(file, index, runs)
-        todo = [entry for entry in index.files if not _is_here(entry, results, manifest)]
+        kept = _in_the_way(index, results, manifest)
+        if kept and not keep:
+            raise BundleError(f"{next(iter(kept.values()))}, or let it stay with --keep")
+        todo = [e for e in index.files if _unit(e) not in kept and not _is_here(e, results, manifest)]
         times = _times(index)
         for entry in _bar(sorted(todo, key=partial(_rank, index)), "writing"):
             _write(archive, entry, results, times[entry.path])
     for run_id in {entry.path.split("/")[1] for entry in todo if entry.path.startswith("runs/")}:
         _settle(results / "runs" / run_id)
+    for unit in (unit for unit in kept if unit.startswith("runs/")):
+        _make_as_old(results / unit, times[f"{unit}/status.json"])
     for path in (entry.path for entry in index.files if entry.path.startswith("data/")):
         _date_back(results / path, times[path])
-    return _told(index, results, runs, len(todo))
+    return _told(index, results, runs, len(todo), kept)
 
 
 def _times(index: Index) -> dict[str, int]:
@@ -220,16 +226,27 @@ def _settle(folder: Path) -> None:
     os.utime(checkpoints, ns=(mtime_ns, mtime_ns))
 
 
+def _make_as_old(folder: Path, mtime_ns: int) -> None:
+    """A run that stays in place of the bundle's becomes as old as that, if it is younger: others were made from it."""
+    late = (folder / "status.json").stat().st_mtime_ns - mtime_ns
+    if late > 0:
+        for path in (*folder.rglob("*"), folder):
+            times = path.stat()
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns - late))
+
+
 def _date_back(manifest: Path, mtime_ns: int) -> None:
     """Data prepared here is the same as the runs had, but newer than they are; Snakemake would make them again."""
     mtime_ns = min(mtime_ns, manifest.stat().st_mtime_ns)
     os.utime(manifest, ns=(mtime_ns, mtime_ns))
 
 
-def _told(index: Index, results: Path, runs: dict[str, dict], written: int) -> str:
+def _told(index: Index, results: Path, runs: dict[str, dict], written: int, kept: dict[str, str]) -> str:
     lines = [
         f"imported: {len(runs)} runs and campaign {index.campaign}; {written} of {len(index.files)} files were new"
     ]
+    if kept:
+        lines.append(f"here with another content, which stays: {', '.join(kept)}")
     bare = [name for name in runs if (results / f"runs/{name}/checkpoints" / MARK).is_file()]
     if bare:
         lines.append(f"{len(bare)} of the runs have no weights here: they count in every table, but can't teach")
@@ -323,6 +340,28 @@ def _check_code(file: Path, index: Index, runs: dict[str, dict]) -> None:
             f"{file}: runs/{other[0]}: trained by other code than this checkout's (commit {index.kdclimb_commit}); "
             "use that here, or take such runs all the same with --any-code"
         )
+
+
+def _unit(entry: Entry) -> str:
+    """What stays or is taken as a whole: a run, or a file of the campaign."""
+    return "/".join(entry.path.split("/")[:2]) if entry.path.startswith("runs/") else entry.path
+
+
+def _in_the_way(index: Index, results: Path, manifest: dict) -> dict[str, str]:
+    """{run or file that is here with another content: what to say of it}. Raises BundleError where nothing may stay:
+    data other than the runs', what is no finished run, what is no file.
+    """
+    found = {}
+    for entry in index.files:
+        try:
+            _is_here(entry, results, manifest)
+        except BundleError as error:
+            unit = _unit(entry)
+            needed = (f"{unit}/{name}" for name in MADE_AT_THE_END) if entry.path.startswith("runs/") else (unit,)
+            if entry.path.startswith("data/") or not all((results / path).is_file() for path in needed):
+                raise
+            found.setdefault(unit, str(error))
+    return found
 
 
 def _is_here(entry: Entry, results: Path, manifest: dict) -> bool:

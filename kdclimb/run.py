@@ -265,6 +265,7 @@ class _Attempt:
             "threads": self.threads,
             "shared_device": shared,
             "code_hash": self.key["code"],
+            "teacher_sha256": self.key["teacher"],
             "versions": versions(),
         }
         self.folder.finish(description, self.key)

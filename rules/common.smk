@@ -15,6 +15,7 @@ from snakemake.logging import logger
 
 from kdclimb import campaign as campaigns
 from kdclimb import expansion
+from kdclimb import gpus
 from kdclimb import plan
 from kdclimb.analysis.tables import AnalysisError, remedy
 from kdclimb.artifacts import Damaged, read_sealed
@@ -70,6 +71,10 @@ JOB_ERRORS = JobErrors()
 logger.addHandler(JOB_ERRORS)
 RETRIES = 0 if not workflow.is_main_process else 1 if MINUTES is None else 3
 GPU_TYPE = of_profile("gpu_type", "default") if CAMPAIGN.device == "cuda" else "default"
+# A timed run holds its whole device, so no other job may take its cores: on one machine all that there are, or where it
+# has several GPUs, each of which trains, its share of them.
+GPUS = len(gpus.usable()) if CAMPAIGN.device == "cuda" and MINUTES is None and workflow.is_main_process else 0
+CORES = max(1, (workflow.resource_settings.cores or 1) // max(1, GPUS))
 SIGNAL = of_profile("slurm_signal", "TERM@120")  # NAME@SECONDS, before a job's time limit
 LONGEST = max(run.tokens for run in campaigns.token_needs(CAMPAIGN).runs)
 # By decisions: the runs, their configs by id, the batches, and the batch of each run that is in one; a wide campaign

@@ -26,7 +26,7 @@ rule ngram:
     retries: RETRIES
     conda:
         "../envs/kdclimb.yaml"
-    threads: workflow.resource_settings.cores or 1
+    threads: CORES
     resources:
         runtime=lambda wildcards, attempt: longest_runtime(attempt),
         slurm_extra=lambda wildcards: sbatch_options(f"rule_ngram_wildcards_{wildcards.table}"),
@@ -53,7 +53,7 @@ rule kd_cache:
     retries: RETRIES
     conda:
         "../envs/kdclimb.yaml"
-    threads: workflow.resource_settings.cores or 1
+    threads: CORES
     resources:
         runtime=lambda wildcards, attempt: longest_runtime(attempt),
         slurm_extra=lambda wildcards: sbatch_options(f"rule_kd_cache_wildcards_{wildcards.cache}"),
@@ -98,7 +98,7 @@ rule kd_profile:
     retries: RETRIES
     conda:
         "../envs/kdclimb.yaml"
-    threads: workflow.resource_settings.cores or 1
+    threads: CORES
     resources:
         runtime=lambda wildcards, attempt: longest_runtime(attempt),
         gpu=int(CAMPAIGN.device == "cuda"),

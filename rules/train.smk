@@ -22,8 +22,7 @@ rule train:
     retries: RETRIES
     conda:
         "../envs/kdclimb.yaml"
-    # A timed run holds the whole device: no other job may take its cores.
-    threads: workflow.resource_settings.cores or 1
+    threads: CORES
     resources:
         attempt=lambda wildcards, attempt: attempt,
         runtime=lambda wildcards, attempt: runtime([asked_run(wildcards)], attempt),
@@ -63,7 +62,7 @@ rule train_batch:
     retries: RETRIES
     conda:
         "../envs/kdclimb.yaml"
-    threads: workflow.resource_settings.cores or 1
+    threads: CORES
     resources:
         attempt=lambda wildcards, attempt: attempt,
         runtime=lambda wildcards, attempt: runtime(asked_batch(wildcards), attempt),

@@ -22,7 +22,7 @@ JUDGED = ("ce", "kd", *CONTROLS)
 
 def warning_rows(runs: Sequence[RunFolder], verdict: dict | None) -> list[dict]:
     """Rows of WARNING_COLUMNS, from the campaign's distinct runs and, once it is there, verdict.json."""
-    rows = [*_of_runs(runs), *_of_machines(runs)]
+    rows = [*_of_runs(runs), *_of_teachers(runs), *_of_machines(runs)]
     return rows if verdict is None else rows + _of_verdict(runs, verdict)
 
 
@@ -57,6 +57,19 @@ def _of_runs(runs: Sequence[RunFolder]) -> list[dict]:
             rows.append(_row(place, "failed", f"{_count(found)} of {CONTROLS.get(arm, arm.upper())}: {reasons}", found))
     if found := [run for run in runs if run.arm == "screen" and not run.ok]:
         rows.append(_row("screen", "failed", f"{_count(found, 'point')} did not end well", found))
+    return rows
+
+
+def _of_teachers(runs: Sequence[RunFolder]) -> list[dict]:
+    """Of teachers that were trained several times, as in a campaign that was run in parts."""
+    taught: dict[str, list[RunFolder]] = {}
+    for run in (run for run in runs if run.teacher_sha256):
+        taught.setdefault(run.config.kd.teacher, []).append(run)
+    rows = []
+    for teacher, found in taught.items():
+        if (trainings := len({run.teacher_sha256 for run in found})) > 1:
+            words = f"{trainings} trainings of teacher {teacher} taught these runs; its score and time are those of one"
+            rows.append(_row("compare", "teacher", words, found))
     return rows
 
 

@@ -116,6 +116,7 @@ class RunFolder:
     summary: dict
     slurm_job: str = ""
     log_tail: str = ""
+    teacher_sha256: str = ""  # of the weights that taught it
     speed: float = 1.0  # factor that all its times are read with: the machine's anchor was so much faster or slower
     unsteady: str = ""  # why its time can be compared with no other's
     files: dict[str, str] = field(default_factory=dict)  # {artifact: sha256}; without, nothing is verified
@@ -151,8 +152,8 @@ class RunFolder:
         if len(rows) != 1 or rows[0]["run_id"] != folder.name:
             raise AnalysisError(f"{folder / 'summary.csv'}: not the one row of run {folder.name}")
         ended = (status["status"], status["reason"] or "")
-        where = (status.get("slurm_job") or "", status.get("log_tail") or "")  # not all kinds of runs have them
-        return cls(arm, label, folder, config, *ended, rows[0], *where, files=files)
+        more = {key: status.get(key) or "" for key in ("slurm_job", "log_tail", "teacher_sha256")}  # not all have them
+        return cls(arm, label, folder, config, *ended, rows[0], **more, files=files)
 
     @property
     def run_id(self) -> str:

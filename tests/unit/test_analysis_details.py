@@ -8,6 +8,7 @@ from test_analysis_synthetic import SyntheticCampaign, make_config, read_rows, r
 
 from kdclimb.analysis.cautions import warning_rows
 from kdclimb.analysis.details import COSTS, FACTS
+from kdclimb.analysis.tables import RunFolder
 from kdclimb.analysis.traces import BLOCKS, config_rows, flatten, horizon_rows, page_rows, trace_rows
 
 TEACHER = {"run_id": "teacher", "train_time_ms": 75.0}
@@ -124,6 +125,20 @@ def test_what_one_run_warns_of(tmp_path, changes, expected):
     clean = run_folder(tmp_path, "ce", "CE 50", make_config(horizon=50), val=whole(50))
     other = run_folder(tmp_path, "ce", "CE 50", make_config(horizon=50, seed=1), val=whole(50), **changes)
     assert kinds([clean, other], None) == {expected}
+
+
+@pytest.mark.parametrize("weights, expected", [("aa", set()), ("ab", {("compare", "teacher")})])
+def test_students_of_several_trainings_of_one_teacher(tmp_path, weights, expected):
+    runs = []
+    for seed, sha256 in enumerate(weights):
+        run = run_folder(tmp_path, "kd", "T1", make_config(seed=seed, kd={}), val=whole(100))
+        status = json.loads((run.folder / "status.json").read_text()) | {"teacher_sha256": sha256}
+        (run.folder / "status.json").write_text(json.dumps(status))
+        runs.append(RunFolder.read(f"kd|T1|{run.folder}"))
+    assert kinds(runs, None) == expected
+    for row in warning_rows(runs, None):
+        assert row["warning"].startswith(f"2 trainings of teacher {runs[0].config.kd.teacher} taught")
+        assert row["run_ids"].split() == [run.run_id for run in runs]
 
 
 def test_what_failed_and_what_was_not_controlled_for(tmp_path):

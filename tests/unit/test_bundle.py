@@ -201,6 +201,41 @@ def test_another_result_is_never_overwritten(bundle, tmp_path, capsys):
     refused(capsys, file, tmp_path / "here", f"{RUN}/val.csv: another result")
 
 
+def test_what_is_here_with_another_content_can_stay(bundle, results, tmp_path, capsys):
+    """A campaign in parts, each with a training of its own of one run: the first to be imported stays."""
+    file, here = bundle(), tmp_path / "here"
+    there = files(results)
+    take(capsys, file, here)
+    for name in there:
+        if not name.startswith((RUN, "tiny/ce")):
+            (here / name).unlink(missing_ok=True)
+    (here / RUN / "val.csv").write_text("other")
+    (here / "tiny/ce/timing.csv").write_text("other")
+    late = 10**11
+    for path in (here / RUN).rglob("*"):
+        times = path.stat()
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + late))
+    before = {path: path.stat().st_mtime_ns - late for path in (here / RUN).rglob("*")}
+    refused(capsys, file, here, "another result", "--keep")
+    code, told, error = take(capsys, file, here, "--keep")
+    assert code == 0, error
+    assert f"here with another content, which stays: {RUN}, tiny/ce/timing.csv" in told
+    found = files(here)
+    assert found[f"{RUN}/val.csv"] == found["tiny/ce/timing.csv"] == b"other"
+    others = [name for name in there if not name.startswith((RUN, "tiny/")) and not name.endswith(".safetensors")]
+    assert len(others) > 20 and all(found[name] == there[name] for name in others)
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # as old as the bundle's
+
+
+def test_what_is_no_finished_run_can_not_stay(bundle, tmp_path, capsys):
+    file, here = bundle(), tmp_path / "here"
+    take(capsys, file, here)
+    (here / RUN / "val.csv").write_text("other")
+    (here / RUN / "status.json").unlink()
+    code, _, error = take(capsys, file, here, "--keep")
+    assert code == 1 and "another result" in error and not (here / RUN / "status.json").exists()
+
+
 def test_runs_of_other_code_need_a_word(bundle, results, tmp_path, capsys):
     write_json(results / RUN / "status.json", {"status": "ok", "code_hash": "0" * 12})
     file = bundle()

@@ -61,7 +61,7 @@ def kd_run(tiny_runs, train, teacher_folder, tmp_path_factory):
     return out
 
 
-def test_a_run_leaves_its_artifacts(kd_run):
+def test_a_run_leaves_its_artifacts(kd_run, teacher_folder):
     for name in (*ARTIFACTS, "train.log"):
         assert (kd_run / name).exists(), name
     steps, vals, summary = (rows(kd_run / f"{name}.csv") for name in ("steps", "val", "summary"))
@@ -69,7 +69,8 @@ def test_a_run_leaves_its_artifacts(kd_run):
     assert [int(r["step"]) for r in steps] == list(range(1, 76))
     assert [int(r["step"]) for r in vals] == [0, 25, 50, 75]
     assert int(steps[-1]["tokens"]) == 38 * 256 + 37 * 512  # two equal stages of 75 steps
-    assert json.loads((kd_run / "status.json").read_text())["status"] == "ok"
+    status, teacher = (json.loads(path.read_text()) for path in (kd_run / "status.json", teacher_folder / "model.json"))
+    assert status["status"] == "ok" and status["teacher_sha256"] == teacher["weights_sha256"]
     assert float(summary[0]["final_val"]) == float(vals[-1]["val_loss"]) < float(vals[0]["val_loss"])
     assert float(vals[0]["val_loss"]) == pytest.approx(math.log(384), abs=0.05)  # an untrained student guesses
 

@@ -482,6 +482,21 @@ def test_shipped_campaigns_dry_run(checkout, config, points):
     assert {"data", "kd_screen", "compare", "ledger", "report"} <= set(planned)
 
 
+@pytest.mark.parametrize("visible, threads", [(None, 4), ("1", 8)])
+def test_each_gpu_of_a_machine_has_a_training_job_with_its_share_of_the_cores(checkout, tmp_path, visible, threads):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nprintf 'GPU-aa, NVIDIA H200\\nGPU-bb, NVIDIA H200\\n'\n")
+    smi.chmod(0o755)
+    env = checkout.environment() | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    env |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    command = [".venv/bin/snakemake", "--cores", "8", "-n", "--configfile", "config/seed155.yaml"]
+    done = subprocess.run(command, cwd=checkout.path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    training = (done.stdout + done.stderr).split("\nrule train:\n")[1:]
+    assert len(training) > 10
+    assert all(f"threads: {threads}\n" in job.partition("\nrule ")[0] for job in training)
+
+
 def test_plain_snakemake_works_in_a_prepared_environment(finished):
     command = [".venv/bin/snakemake", "--cores", "8", "-n", *TINY]
     output = subprocess.run(command, cwd=finished.path, capture_output=True, text=True)

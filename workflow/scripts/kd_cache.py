@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+from kdclimb import gpus
 from kdclimb.config import CacheConfig, build
 from kdclimb.write_cache import write
 
@@ -19,6 +20,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     try:
         config = build(CacheConfig, json.loads(args.config))
+        gpus.take_one(config.device)
         code = write(config, args.out, args.manifest, args.teacher, args.threads)
     except (ValueError, OSError) as error:
         sys.exit(f"kd_cache: {error}")

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+from kdclimb import gpus
 from kdclimb.config import RunConfig
 from kdclimb.profile import write
 
@@ -27,6 +28,8 @@ def with_folders(run: str, results: Path) -> tuple[str, RunConfig, Path | None, 
 if __name__ == "__main__":
     args = parser.parse_args()
     try:
-        write([with_folders(run, args.results) for run in args.run], args.manifest, args.out, args.threads)
+        runs = [with_folders(run, args.results) for run in args.run]
+        gpus.take_one(runs[0][1].device)
+        write(runs, args.manifest, args.out, args.threads)
     except ValueError as error:
         sys.exit(f"kd_profile: {error}")

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+from kdclimb import gpus
 from kdclimb.config import NgramConfig, build
 from kdclimb.count_ngrams import make
 
@@ -18,6 +19,8 @@ if __name__ == "__main__":
     args = parser.parse_args()
     text = args.config if args.config.startswith("{") else Path(args.config).read_text()
     try:
-        make(build(NgramConfig, json.loads(text)), args.out, args.manifest, args.threads)
+        config = build(NgramConfig, json.loads(text))
+        gpus.take_one(config.device)
+        make(config, args.out, args.manifest, args.threads)
     except (ValueError, OSError) as error:
         sys.exit(f"ngram: {error}")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from kdclimb import gpus
 from kdclimb.config import RunConfig
 from kdclimb.run import run
 
@@ -28,8 +29,10 @@ def main(arguments: list[str] | None = None) -> int | str:
     args = parser.parse_args(arguments)
     text = args.config if args.config.startswith("{") else Path(args.config).read_text()
     try:
+        config = RunConfig.from_dict(json.loads(text))
+        gpus.take_one(config.device)
         code = run(
-            RunConfig.from_dict(json.loads(text)),
+            config,
             args.out,
             args.manifest,
             args.teacher,
