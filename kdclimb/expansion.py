@@ -363,8 +363,13 @@ class Expansion:
             runs += [self.run("ngram", label, horizon=self.last, seed=seed, kd=kd) for seed in seeds]
         return runs
 
+    @property
+    def teacher_seed(self) -> int:
+        seed = self.campaign.teacher.seed
+        return self.campaign.train.seeds[0] if seed is None else seed
+
     def teachers(self, arm: str, candidates) -> list[Run]:
-        section, seed = self.campaign.teacher, self.campaign.train.seeds[0]
+        section, seed = self.campaign.teacher, self.teacher_seed
         runs = []
         for c in candidates:
             model = self.teacher(c)
@@ -383,7 +388,7 @@ class Expansion:
         }
         if self.campaign.kd.cache == "none":
             del modes["CE + KD loss"]
-        seed, stop = self.campaign.train.seeds[0], self.campaign.kd.isolate_steps
+        seed, stop = self.teacher_seed, self.campaign.kd.isolate_steps
         return [
             self.run("isolate", label, horizon=self.first, seed=seed, stop_step=stop, kd=kd, cached=cached)
             for label, (kd, cached) in modes.items()

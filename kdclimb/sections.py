@@ -138,6 +138,7 @@ class TeacherSection:
     exploratory: bool
     bigram_vocab_size: int
     value_layers: tuple[int, ...]
+    seed: int | None
     probe_steps: int
     candidates: tuple[Candidate, ...]
     imported: tuple[str, ...]  # run ids

@@ -215,6 +215,15 @@ def test_what_the_screen_chose_is_judged_with_other_seeds(tiny_runs):
     assert seeds["screen"] == seeds["control_random"] == {100} and not seeds["screen"] & seeds["kd"]
 
 
+def test_parts_of_a_campaign_name_its_runs_and_one_teacher():
+    def ids(seeds, **teacher):
+        overlay = {"campaign": "part", "train": {"seeds": seeds}, "teacher": teacher}
+        return {run.run_id for run in expand_all(campaign.load(merged("tests/tiny.yaml", overlay), ROOT))}
+
+    assert ids([3], seed=0) | ids([4], seed=0) == ids([3, 4], seed=0) == ids([4, 3], seed=0)
+    assert ids([3]) == ids([3], seed=3) and ids([3]) | ids([4]) != ids([3, 4])
+
+
 def test_a_grown_student_needs_candidates_that_fit_into_it():
     with pytest.raises(ConfigError, match="controls.growth: True is not allowed.*L1-H2-D32-26 is none"):
         campaign.load(merged({"device": "cpu", "controls": {"growth": True}}), ROOT)
