@@ -6,6 +6,8 @@ Needs neither Snakemake nor the network, so that it also runs on a bare GPU mach
 import csv
 import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -39,8 +41,9 @@ from kdclimb.model import GPT
 from kdclimb.optim import Optimizers
 from kdclimb.prepare import prepare
 from kdclimb.run import run
+from kdclimb.stop import EXIT_INTERRUPTED
 from kdclimb.teacher import in_dtype, load_teacher, read_description
-from kdclimb.train import compiled_graphs
+from kdclimb.train import Trainer, compiled_graphs
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -446,22 +449,37 @@ def any_order_afterwards():
     torch.use_deterministic_algorithms(False)
 
 
-def test_deterministic_runs_are_equal_to_the_bit(backend, manifest, tmp_path, any_order_afterwards):
+def test_deterministic_runs_are_equal_to_the_bit(backend, manifest, tmp_path, any_order_afterwards, monkeypatch):
+    """Also one that was asked to stop on its way and goes on from its state."""
     torch.compiler.reset()
     attention_config = AttentionConfig(backend, False)
     plain = dataclasses.replace(config(horizon=6), deterministic=True, attention=attention_config)
     teacher, *_ = train(dataclasses.replace(plain, model=config(num_layers=1, num_heads=2).model), manifest, tmp_path)
     student = dataclasses.replace(plain, kd=kd_config(teacher.name, stop_mode="none"))
+    step = Trainer.train_step
+
+    def interrupted(self, **options):
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, **options)
+
     seen = []
-    for folder in ("first", "second"):
+    for folder in ("first", "second", "resumed"):
+        if folder == "resumed":
+            monkeypatch.setattr(Trainer, "train_step", interrupted)
+            out = tmp_path / folder / student.run_id
+            inputs = (student, out, manifest, teacher / "checkpoints")
+            assert run(*inputs, threads=4, any_code=False, last_attempt=True) == EXIT_INTERRUPTED
+            monkeypatch.undo()
         out, status, _, vals = train(student, manifest, tmp_path / folder, teacher / "checkpoints")
         assert (status["attention"], status["recompiles"]) == (backend, 0)
+        assert ("resumed at step 4" in (out / "train.log").read_text()) == (folder == "resumed")
         with (out / "steps.csv").open() as file:
             rows = [*csv.DictReader(file), *vals]
         for row in rows:
             del row["train_time_ms"]
         seen.append((read_description(out / "checkpoints")["weights_sha256"], rows))
-    assert seen[0] == seen[1]
+    assert seen[0] == seen[1] == seen[2]
 
 
 def test_rows_are_added_in_a_fixed_order(any_order_afterwards):
