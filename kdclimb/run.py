@@ -242,6 +242,8 @@ class _Attempt:
         out, trainer, config = self.folder.path, self.trainer, self.config
         steps = [] if trainer is None else trainer.steps
         vals = [] if trainer is None else trainer.vals
+        # Anew, since on a node that Slurm lost an earlier try's Snakemake may have deleted it as a failed job's output.
+        write_json(out / "config.json", config.to_dict())
         write_tables(out, config.run_id, steps, vals, self._summary(status, shared))
         checkpoints = out / "checkpoints"
         shutil.rmtree(checkpoints, ignore_errors=True)  # a failed run must not keep an earlier one's weights

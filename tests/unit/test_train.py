@@ -200,6 +200,24 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     assert rows(out / "summary.csv")[0]["broken"] == ("0" if kill_at <= 10 else "1")
 
 
+def test_a_config_that_an_old_job_deletes_during_the_run_is_there_in_the_end(
+    tiny_runs, train, teacher_folder, kd_run, tmp_path, monkeypatch
+):
+    """As its Snakemake does with the outputs of a failed job, on a node that Slurm lost but that lives on."""
+    config = pick(tiny_runs, "kd")
+    step = Trainer.train_step
+
+    def deleting(self, **options):
+        if self.step == 31:
+            (tmp_path / config.run_id / "config.json").unlink()
+        return step(self, **options)
+
+    monkeypatch.setattr(Trainer, "train_step", deleting)
+    code, out = train(config, tmp_path, teacher_folder)
+    assert code == 0
+    assert_same_result(kd_run, out)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_stops_at_the_next_step_and_the_run_goes_on_from_there(
     number, tiny_runs, train, teacher_folder, kd_run, tmp_path, monkeypatch
