@@ -153,6 +153,23 @@ def _check_shapes(campaign: Campaign) -> None:
             candidate.steps,
             f"more than teacher.probe_steps ({campaign.teacher.probe_steps})",
         )
+        for key in ("batch_tokens", "batch_lr"):
+            given, stages = getattr(candidate, key), len(train.batch_tokens)
+            require(
+                len(given) in (0, stages),
+                f"teacher.candidates[{i}].{key}",
+                list(given),
+                f"left out, or one entry for each of the {stages} stages in train.batch_tokens",
+            )
+        for tokens in candidate.batch_tokens:
+            require(
+                tokens % train.micro_batch_tokens == 0,
+                f"teacher.candidates[{i}].batch_tokens",
+                tokens,
+                f"multiples of train.micro_batch_tokens ({train.micro_batch_tokens})",
+            )
+    names = [candidate.name for candidate in campaign.teacher.candidates]
+    require(len(set(names)) == len(names), "teacher.candidates", names, "each candidate once")
     for name, grid in (("kd.grid", kd.grid), ("controls.ce_grid", campaign.controls.ce_grid)):
         require(
             max(grid.hold_frac) < min(grid.drop_frac),

@@ -234,14 +234,14 @@ class Expansion:
 
     def run(
         self, arm, label, *, horizon, seed, model=None, stop_step=None, boost=None, kd=None, cached=False,
-        optim=None, lr_policy=None, grown_from=None, label_smoothing=0.0,
+        optim=None, lr_policy=None, grown_from=None, label_smoothing=0.0, batch_tokens=(), batch_lr=(),
     ) -> Run:  # fmt: skip
         campaign, train = self.campaign, self.campaign.train
         schedule = ScheduleConfig(
             horizon=horizon,
             stop_step=horizon if stop_step is None else stop_step,
-            batch_tokens=train.batch_tokens,
-            batch_lr=train.batch_lr,
+            batch_tokens=batch_tokens or train.batch_tokens,
+            batch_lr=batch_lr or train.batch_lr,
             micro_batch_tokens=train.micro_batch_tokens,
             max_doc_tokens=train.max_doc_tokens,
             cooldown_frac=train.cooldown_frac,
@@ -374,7 +374,8 @@ class Expansion:
         for c in candidates:
             model = self.teacher(c)
             stop = section.probe_steps if arm == "probe" else None
-            runs.append(self.run(arm, c.name, horizon=c.steps, seed=seed, model=model, stop_step=stop))
+            batch = {"batch_tokens": c.batch_tokens, "batch_lr": c.batch_lr}
+            runs.append(self.run(arm, c.name, horizon=c.steps, seed=seed, model=model, stop_step=stop, **batch))
         return runs
 
     def isolates(self, teacher: str) -> list[Run]:

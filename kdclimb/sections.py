@@ -127,10 +127,16 @@ class Candidate:
     num_heads: int
     head_dim: int
     steps: int
+    batch_tokens: tuple[int, ...] = ()  # by stages, as in train; () for the student's
+    batch_lr: tuple[float, ...] = ()
 
     @property
     def name(self) -> str:
-        return f"L{self.num_layers}-H{self.num_heads}-D{self.head_dim}-{self.steps}"
+        name = f"L{self.num_layers}-H{self.num_heads}-D{self.head_dim}-{self.steps}"
+        for letters, stages in (("B", self.batch_tokens), ("LR", self.batch_lr)):
+            told = stages[:1] if len(set(stages)) == 1 else stages
+            name += f"-{letters}{'.'.join(map(str, told))}" if stages else ""
+        return name
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,8 @@ class Cluster:
     def lose(self, node: str) -> None:
         """To Slurm it is down, and what runs there is killed and queued again; then it is back."""
         call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
-        call("scontrol", "update", f"NodeName={node}", "State=RESUME")
+        self._ask("scontrol", "update", f"NodeName={node}", "State=RESUME")  # refused where it is back by itself
+        self._wait_for(lambda: node not in self.nodes("down"))
 
     def jobs(self, *states: str, folder: Path | None = None) -> list[tuple[str, str]]:
         """(id, comment) of the jobs in these states, oldest first; of all folders, or those submitted in one."""

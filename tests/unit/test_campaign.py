@@ -215,6 +215,18 @@ def test_what_the_screen_chose_is_judged_with_other_seeds(tiny_runs):
     assert seeds["screen"] == seeds["control_random"] == {100} and not seeds["screen"] & seeds["kd"]
 
 
+def test_a_candidate_may_have_its_own_batches():
+    shape = {"num_layers": 1, "num_heads": 2, "head_dim": 8, "steps": 26}
+    own = [shape, shape | {"batch_tokens": [128, 128]}, shape | {"batch_tokens": [128, 256], "batch_lr": [0.7, 1.0]}]
+    config = campaign.load(merged("tests/tiny.yaml", {"teacher": {"candidates": own}}), ROOT)
+    found = {run.label: run.config.schedule for run in expand_all(config) if run.arm == "teacher"}
+    assert {name: (s.batch_tokens, s.batch_lr) for name, s in found.items()} == {
+        "L1-H2-D8-26": ((256, 512), (1.0, 1.2)),
+        "L1-H2-D8-26-B128": ((128, 128), (1.0, 1.2)),
+        "L1-H2-D8-26-B128.256-LR0.7.1.0": ((128, 256), (0.7, 1.0)),
+    }
+
+
 def test_parts_of_a_campaign_name_its_runs_and_one_teacher():
     def ids(seeds, **teacher):
         overlay = {"campaign": "part", "train": {"seeds": seeds}, "teacher": teacher}

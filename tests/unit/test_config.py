@@ -11,6 +11,7 @@ from configs import ROOT, merged
 from kdclimb import campaign, expansion, sections
 from kdclimb.config import ConfigError, RunConfig, build
 
+SHAPE = {"num_layers": 1, "num_heads": 2, "head_dim": 8, "steps": 60}
 SHIPPED = ["config/h100.yaml", "config/legacy_lr.yaml", "config/seed155.yaml", "tests/tiny.yaml"]
 
 
@@ -40,6 +41,9 @@ def with_value(key: str, value) -> dict:
             ["teacher.candidates[0]", "3"],
         ),
         ("teacher.candidates", [{"num_layers": 1, "num_heads": 2, "head_dim": 8}], ["teacher.candidates[0]", "steps"]),
+        ("teacher.candidates", [SHAPE | {"batch_tokens": [1024] * 2}], ["candidates[0].batch_tokens", "1 stages"]),
+        ("teacher.candidates", [SHAPE | {"batch_lr": [1.0] * 3}], ["candidates[0].batch_lr", "1 stages"]),
+        ("teacher.candidates", [SHAPE | {"batch_tokens": [1500]}], ["candidates[0].batch_tokens: 1500", "(1024)"]),
         ("teacher.probe_steps", 100, ["teacher.candidates[0].steps", "teacher.probe_steps"]),
         ("validation.every", 50, ["validation.every: 50", "25", "exploratory"]),
         ("budget.fraction", 0.2, ["budget.fraction: 0.2", "0.1", "teacher.exploratory"]),

@@ -53,7 +53,7 @@ def test_write_makes_the_readme_again(monkeypatch, tmp_path, capsys):
 def test_every_key_of_the_config_has_one_row_and_an_entry():
     rows = [line.split("|")[1].strip() for line in explain.readme().splitlines() if line.startswith("| `")]
     lists = {
-        "teacher.candidates": ("num_layers", "num_heads", "head_dim", "steps"),
+        "teacher.candidates": ("num_layers", "num_heads", "head_dim", "steps", "batch_tokens", "batch_lr"),
         "optim.muon.lr_mults": ("matrix", "mult"),
         "optim.adam.groups": ("kinds", "lr_mult", "beta1", "beta2", "decay_mult"),
     }
