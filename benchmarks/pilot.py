@@ -4,11 +4,12 @@ python benchmarks/pilot.py --arms ce teacher dense:0.1 dense:0.25 bigram:0.12 --
 python benchmarks/pilot.py --tables results/pilot    # of the blocks that are in there
 
 Arms: ce; ce:boost, CE with the LR boost of KD's grid; ce:fp8, with products of the logits in FP8; ce:plain, without the
-student's bigram table; teacher and small, the config's two candidates, and bigram and trigram, which are counted. KD is
-TEACHER:F, in the first F of the tokens (dense:F from `teacher`), with options after it: an alpha; norm, the dynamic
-norm; plain, to a student without bigram table; hidden, top_k or samples, a neural teacher's targets from a cache of
-these, whose time is counted with the teacher's. The run configs are those of the workflow. Only tables are kept, no
-weights. Runs compare within one block alone; one that a block has is not trained again.
+student's bigram table; teacher and small, the config's first two candidates, teacher2, teacher3, ... those after these;
+bigram and trigram, which are counted. KD is TEACHER:F, in the first F of the tokens (dense:F from `teacher`), with
+options after it: an alpha; norm, the dynamic norm; plain, to a student without bigram table; hidden, top_k or samples,
+a neural teacher's targets from a cache of these, whose time is counted with the teacher's. The run configs are those
+of the workflow. Only tables are kept, no weights. Runs compare within one block alone; one that a block has is not
+trained again.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ KEPT = ("config.json", "status.json", "steps.csv", "summary.csv", "train.log", "
 BOOST = BoostConfig(2.0, 0.15, 0.30)
 CACHES = ("hidden", "top_k", "samples")
 TOP_K = 64
-TEACHERS = {"dense": "teacher", "small": "small", "bigram": "bigram", "trigram": "trigram"}
+TRAINED = ("teacher", "small", *(f"teacher{place}" for place in range(2, 10)))  # by their places in the config
+COUNTED = ("bigram", "trigram")
+TEACHERS = {"dense": "teacher"} | {name: name for name in (*TRAINED[1:], *COUNTED)}
 CONFIDENCE = 0.95
 RUN_COLUMNS = (
     "block arm seed run_id status shared_device teacher teacher_ms steps train_time_ms final_val gain kd_step_share "
@@ -92,14 +95,16 @@ class Block:
 
     def teacher(self, which: str) -> Path:
         """The checkpoint of a teacher, trained or counted here if it isn't yet."""
-        if which in ("bigram", "trigram"):
+        if which in COUNTED:
             (table,) = (t for t in self.make.tables() if t.config.order == (2 if which == "bigram" else 3))
             if not (self.work / table.run_id / "status.json").is_file():
                 count_ngrams.make(table.config, self.work / table.run_id, self.manifest, 8)
             self.keep(which, table.run_id, None)
             return self.work / table.run_id / "checkpoints"
-        place = ("teacher", "small").index(which)
-        config = self.make.teachers("teacher", self.campaign.teacher.candidates[place : place + 1])[0].config
+        place, candidates = TRAINED.index(which), self.campaign.teacher.candidates
+        if place >= len(candidates):
+            raise SystemExit(f"{which}: teacher.candidates has {len(candidates)} entries, so none at {place}")
+        config = self.make.teachers("teacher", candidates[place : place + 1])[0].config
         if not (self.work / config.run_id / "status.json").is_file():
             self.train(which, config, None)
         self.keep(which, config.run_id, None)

@@ -46,6 +46,8 @@ def test_a_block_of_the_pilot_goes_on_and_its_tables_are_those_of_its_runs(tmp_p
         pilot.main()
         return read(tmp_path / "blocks/0/runs.csv")
 
+    with pytest.raises(SystemExit, match="teacher2: teacher.candidates has 2 entries"):
+        block("teacher2:0.5")
     first = block("ce", "bigram:0.5")
     assert [row["arm"] for row in first] == ["ce", "bigram", "bigram:0.5"]
     shutil.rmtree(tmp_path / "runs")  # as on another day; what the block has is not trained again
