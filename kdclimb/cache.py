@@ -31,7 +31,7 @@ def layout(config: CacheConfig, width: int) -> dict[str, tuple[str, int]]:
     return {
         "hidden": {"hidden": ("<i2", width)} if config.dtype == "bf16" else eight,
         "top_k": {"ids": ("<u2", config.entries), "log_probs": ("<u2", config.entries)},
-        "samples": {"ids": ("<u2", config.entries), "counts": ("|u1", config.entries)},
+        "samples": {"ids": ("<u2", config.entries), "counts": ("|u1", config.entries), "entropy": ("<f4", 1)},
     }[config.kind]
 
 
@@ -84,6 +84,8 @@ class TargetCache:
         values = {name: tensor.to(device, non_blocking=True) for name, tensor in found.result().items()}
         if place + 1 < self.config.micro_batches:
             self.read_ahead(place + 1, device)
+        if self.config.kind == "samples":
+            values["entropy"] = values["entropy"][:, 0]
         if self.config.kind != "hidden":
             return SparseTeacher(**values)
         hidden, dtype = values["hidden"], self.teacher.compute_dtype

@@ -44,19 +44,23 @@ def top_k(target: DenseTeacher, k: int, temperature: float, tail: str) -> Sparse
 
 
 def sample(target: DenseTeacher, draws: int, temperature: float, generator: torch.Generator) -> SparseTeacher:
-    """So many draws from each token's distribution, as different words with their counts; unused entries count 0."""
+    """So many draws from each token's distribution, as different words with their counts, and its entropy; unused
+    entries count 0.
+    """
 
-    def drawn(logits: Tensor, _) -> tuple[Tensor, Tensor]:
-        ids = torch.multinomial((logits / temperature).softmax(dim=1), draws, replacement=True, generator=generator)
-        ids = ids.sort(dim=1).values
+    def drawn(logits: Tensor, _) -> tuple[Tensor, Tensor, Tensor]:
+        log_probs = (logits / temperature).log_softmax(dim=1)
+        probs = log_probs.exp()
+        entropy = -(log_probs.mul_(probs)).sum(dim=1)
+        ids = torch.multinomial(probs, draws, replacement=True, generator=generator).sort(dim=1).values
         new = torch.ones_like(ids, dtype=torch.bool)
         new[:, 1:] = ids[:, 1:] != ids[:, :-1]
         slot = new.cumsum(dim=1) - 1
         counts = torch.zeros_like(ids).scatter_add_(1, slot, torch.ones_like(ids))
-        return torch.zeros_like(ids).scatter_(1, slot, ids).int(), counts
+        return torch.zeros_like(ids).scatter_(1, slot, ids).int(), counts, entropy
 
-    ids, counts = over_logits(target.hidden, target.head, target.softcap, drawn)
-    return SparseTeacher(ids, counts=counts)
+    ids, counts, entropy = over_logits(target.hidden, target.head, target.softcap, drawn)
+    return SparseTeacher(ids, counts=counts, entropy=entropy)
 
 
 def label_log_probs(hidden: Tensor, head: Tensor, softcap: Softcap | None, labels: Tensor) -> Tensor:

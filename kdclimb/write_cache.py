@@ -257,7 +257,7 @@ def _values(config: CacheConfig, target: DenseTeacher, generator: torch.Generato
         return {"hidden": rows.values.view(torch.int8), "scale": rows.scale}
     if config.kind == "samples":
         sparse = sample(target, config.entries, config.temperature, generator)
-        return {"ids": sparse.ids, "counts": sparse.counts}
+        return {"ids": sparse.ids, "counts": sparse.counts, "entropy": sparse.entropy}
     require(
         config.entries <= len(target.head), "kd.top_k", config.entries, f"at most the vocabulary, {len(target.head)}"
     )

@@ -198,5 +198,7 @@ def _check_sparse(target: SparseTeacher, tokens: int) -> None:
             f"the teacher's ids are {tuple(target.ids.shape)} and their values {tuple(given[0].shape)}; "
             f"({tokens}, k) is needed for both"
         )
+    if target.entropy is not None and (target.counts is None or target.entropy.shape != (tokens,)):
+        raise ValueError(f"the teacher's entropy is {tuple(target.entropy.shape)}; ({tokens},), with counts, is needed")
     if target.tail not in TAILS:
         raise ValueError(f"tail: {target.tail!r} is not allowed; allowed: {', '.join(TAILS)}")

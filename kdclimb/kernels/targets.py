@@ -51,14 +51,16 @@ class SparseTeacher:
     - "renormalised": the entries are scaled to sum to 1. Biased: it pushes all other words towards 0, and with few
       entries trains worse than no teacher (same source).
     Or `counts` (T, k): how often each id came up in draws from the teacher's distribution; 0 for an unused entry.
-    Their mean gradient is the exact one. The loss is then the cross-entropy with the drawn distribution, T^2 times:
-    the teacher's entropy, which the KL subtracts, is not known from draws.
+    Their mean gradient is the exact one. The loss is then T^2 times the cross-entropy with the drawn distribution, less
+    `entropy` (T,), the teacher's at the loss's temperature, which draws don't tell: with it the loss is on the mean the
+    exact KL too, and a `DynamicNorm` scales both alike. Without it nothing is subtracted.
     """
 
     ids: Tensor
     log_probs: Tensor | None = None
     counts: Tensor | None = None
     tail: str = "ghost"
+    entropy: Tensor | None = None  # nats
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Entries:
     ids: Tensor  # (T, k) int32
     probs: Tensor  # (T, k) fp32: q
     rest: Tensor | None  # (T,) fp32: the ghost's q, whose p_rest is what the entries leave; None without a ghost
-    constant: Tensor  # (T,) fp32: -entropy of q, or 0 for draws
+    constant: Tensor  # (T,) fp32: -entropy, of q, for draws of what they were drawn from, or 0 if that is not known
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ def entries(target: SparseTeacher, labels: Labels) -> Entries:
     if target.counts is not None:
         counts = target.counts.float()
         probs = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
-        return Entries(ids, probs, None, probs.new_zeros(len(probs)))
+        constant = probs.new_zeros(len(probs)) if target.entropy is None else -target.entropy.float()
+        return Entries(ids, probs, None, constant)
     probs = target.log_probs.float().exp()
     left = (1 - probs.sum(dim=1)).clamp_min(0)
     rest = None

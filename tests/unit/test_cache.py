@@ -96,7 +96,7 @@ def test_kd_from_a_cache_is_kd_from_the_teacher_to_rounding(kind, trainers):
 
 
 def test_cached_samples_are_unbiased(trainers):
-    """The mean gradient over many caches' worth of draws is the exact one, and one draw's is not."""
+    """The means of gradient and loss over many caches' worth of draws are the exact ones, and one draw's are not."""
     cached, _ = trainers("samples")
     assert cached.cache.target(0, "cpu").counts.sum(dim=1).eq(200).all()
     torch.manual_seed(0)
@@ -104,16 +104,23 @@ def test_cached_samples_are_unbiased(trainers):
     generator = torch.Generator().manual_seed(0)
     hidden, head, labels = torch.randn(6, 4), torch.randn(20, 4), torch.zeros(6, dtype=torch.int64)
 
-    def gradient(target):
+    def gradient_and_loss(target):
         leaf = hidden.clone().requires_grad_()
-        distill_loss(leaf, head, target, labels, hard_weight=0.0, soft_weight=1.0, temperature=2.0).total.backward()
-        return leaf.grad
+        loss = distill_loss(leaf, head, target, labels, hard_weight=0.0, soft_weight=1.0, temperature=2.0)
+        loss.total.backward()
+        return leaf.grad, loss.soft
 
-    exact = gradient(teacher)
-    draws = torch.stack([gradient(sample(teacher, 10, 2.0, generator)) for _ in range(600)])
-    deviation = (draws.mean(dim=0) - exact).norm() / exact.norm()
-    one = (draws - exact).flatten(1).norm(dim=1).mean() / exact.norm()
-    assert deviation < 3 * one / 600**0.5 < one / 5
+    found = [gradient_and_loss(sample(teacher, 10, 2.0, generator)) for _ in range(600)]
+    for exact, draws in zip(gradient_and_loss(teacher), map(torch.stack, zip(*found)), strict=True):
+        deviation = (draws.mean(dim=0) - exact).norm() / exact.norm()
+        one = (draws - exact).flatten(1).norm(dim=1).mean() if exact.dim() else (draws - exact).abs().mean()
+        assert deviation < 3 * one / exact.norm() / 600**0.5 < one / exact.norm() / 5
+
+
+def test_kd_from_samples_weighs_as_kd_from_the_teacher(trainers):
+    cached, online = (first_steps(trainer, 6) for trainer in trainers("samples"))
+    for name in ("loss_soft", "kd_norm"):
+        assert [row[name] for row in cached] == pytest.approx([row[name] for row in online], rel=0.05), name
 
 
 def test_a_run_with_a_cache_resumes_and_stops_as_one_without(trainers):
@@ -393,6 +400,8 @@ def test_sampled_targets_are_counts_of_different_words():
     teacher = DenseTeacher(torch.randn(50, 5), torch.randn(20, 5), None)
     target = sample(teacher, 30, 1.0, torch.Generator().manual_seed(0))
     assert isinstance(target, SparseTeacher) and target.counts.sum(dim=1).eq(30).all()
+    truth = torch.distributions.Categorical(logits=teacher.hidden @ teacher.head.T).entropy()
+    torch.testing.assert_close(target.entropy, truth)
     for ids, counts in zip(target.ids.tolist(), target.counts.tolist(), strict=True):
         used = [word for word, count in zip(ids, counts, strict=True) if count]
         assert len(used) == len(set(used))

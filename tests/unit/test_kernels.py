@@ -444,6 +444,9 @@ def test_bad_input_is_refused_by_name():
     refused("head_dtype: 'fp8' needs", head_dtype="fp8", implementation="torch")
     refused("either log_probs or counts", target=SparseTeacher(case.ids))
     refused("the teacher's ids", target=SparseTeacher(case.ids[:-1], counts=case.counts))
+    entropy = torch.zeros(len(case.ids))
+    refused("the teacher's entropy", target=SparseTeacher(case.ids, counts=case.counts, entropy=entropy[:-1]))
+    refused("the teacher's entropy", target=SparseTeacher(case.ids, log_probs=case.log_probs, entropy=entropy))
     refused("tail: 'uniform'", target=SparseTeacher(case.ids, log_probs=case.log_probs, tail="uniform"))
     refused("has no chunks", implementation="reference", norm=DynamicNorm(0.05, 20.0, "chunk"))
     with pytest.raises(ValueError, match="norm mode: 'ema'"):
