@@ -3,13 +3,14 @@
 python benchmarks/pilot.py --arms ce teacher dense:0.1 dense:0.25 bigram:0.12 --seeds 0 --out results/pilot/0
 python benchmarks/pilot.py --tables results/pilot    # of the blocks that are in there
 
-Arms: ce; ce:boost, CE with the LR boost of KD's grid; ce:fp8, with products of the logits in FP8; ce:plain, without the
-student's bigram table; teacher and small, the config's first two candidates, teacher2, teacher3, ... those after these;
-bigram and trigram, which are counted. KD is TEACHER:F, in the first F of the tokens (dense:F from `teacher`), with
-options after it: an alpha; norm, the dynamic norm; plain, to a student without bigram table; hidden, top_k or samples,
-a neural teacher's targets from a cache of these, whose time is counted with the teacher's. The run configs are those
-of the workflow. Only tables are kept, no weights. Runs compare within one block alone; one that a block has is not
-trained again.
+Arms: ce; teacher and small, the config's first two candidates, teacher2, teacher3, ... those after these; bigram and
+trigram, which are counted; KD, TEACHER:F, in the first F of the tokens (dense:F from `teacher`). After CE and KD come
+options: boost, the LR boost of KD's grid; plain, no bigram table in the student; no_mtp, the next token's loss alone;
+fp8, products of the logits in FP8. After KD also: an alpha; norm, the dynamic norm; better, on tokens whose label the
+teacher gives more probability than the student; one, in one micro-batch of each step; hidden, top_k or samples, a
+neural teacher's targets from a cache of these, whose time is counted with the teacher's. The run configs are those of
+the workflow. Only tables are kept, no weights. Runs compare within one block alone, with the CE run of their seed,
+model and labels; one that a block has is not trained again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import re
 import shutil
 import statistics
 import sys
@@ -33,7 +35,7 @@ from benchmarks.common import read_rows
 from kdclimb import campaign, count_ngrams, expansion, write_cache
 from kdclimb.artifacts import write_csv, write_json
 from kdclimb.cache import DESCRIPTION
-from kdclimb.config import BoostConfig, CacheConfig, RunConfig
+from kdclimb.config import BoostConfig, CacheConfig, KDConfig, RunConfig
 from kdclimb.configfiles import read_config
 from kdclimb.prepare import prepare
 from kdclimb.run import run as train
@@ -44,8 +46,15 @@ WORK = ROOT / "results/runs"
 CONFIGS = [ROOT / "config/seed155.yaml", ROOT / "config/pilot155.yaml"]
 KEPT = ("config.json", "status.json", "steps.csv", "summary.csv", "train.log", "val.csv")
 BOOST = BoostConfig(2.0, 0.15, 0.30)
+STUDENT_OPTIONS = ("boost", "plain", "no_mtp", "fp8")
+KD_OPTIONS = {
+    "norm": {"dynamic_norm": True},
+    "better": {"token_gate": "teacher_better"},
+    "one": {"micro_batches": 1},
+    "top_k": {"top_k": 64},
+}
 CACHES = ("hidden", "top_k", "samples")
-TOP_K = 64
+NUMBER = re.compile(r"\d+(\.\d+)?")
 TRAINED = ("teacher", "small", *(f"teacher{place}" for place in range(2, 10)))  # by their places in the config
 COUNTED = ("bigram", "trigram")
 TEACHERS = {"dense": "teacher"} | {name: name for name in (*TRAINED[1:], *COUNTED)}
@@ -74,6 +83,23 @@ def prepared(loaded: Campaign, data: str) -> Path:
     if not manifest.is_file():
         prepare(campaign.data_spec(loaded, ROOT), manifest.parent, ROOT)
     return manifest
+
+
+def parsed(arm: str) -> tuple[str, list[str], list[float]]:
+    """(ce or the kind of teacher, its options, its numbers) of an arm. SystemExit: there is none such."""
+    kind, *rest = arm.split(":")
+    numbers = [float(word) for word in rest if NUMBER.fullmatch(word)]
+    words = [word for word in rest if not NUMBER.fullmatch(word)]
+    of_kd = (*STUDENT_OPTIONS, *KD_OPTIONS, *CACHES)
+    ce = kind == "ce" and not numbers and set(words) <= set(STUDENT_OPTIONS)
+    kd = kind in TEACHERS and len(numbers) in (1, 2) and set(words) <= set(of_kd)
+    if not ce and not kd and arm not in TEACHERS.values():
+        raise SystemExit(
+            f"--arms {arm}: no such arm; allowed: ce, with options {', '.join(STUDENT_OPTIONS)}; a teacher, "
+            f"{', '.join(TEACHERS.values())}; KD, {', '.join(TEACHERS)}, with its share of the tokens, an alpha, "
+            f"options {', '.join(dict.fromkeys(of_kd))}"
+        )
+    return kind, words, numbers
 
 
 class Block:
@@ -111,32 +137,36 @@ class Block:
         return self.work / config.run_id / "checkpoints"
 
     def go(self, arm: str, seed: int) -> None:
-        kind, *rest = arm.split(":")
         if arm in TEACHERS.values():
             self.teacher(arm)
             return
+        kind, words, numbers = parsed(arm)
         model = self.make.student()
-        if "plain" in rest:
+        if "plain" in words:
             model = dataclasses.replace(model, bigram_vocab_size=0)
         options = {"horizon": self.make.last, "seed": seed, "model": model}
-        if kind == "ce":
-            config = self.make.run("ce", arm, boost=BOOST if "boost" in rest else None, **options).config
-            if "fp8" in rest:
-                config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, head_dtype="fp8"))
-            self.train(arm, config, None)
-            return
-        teacher = self.teacher(TEACHERS[kind])
-        numbers = [float(word) for word in rest if word not in ("norm", "plain", *CACHES)]
-        kd = dataclasses.replace(self.make.kd(teacher.parent.name, 1.0), token_frac=numbers[0])
-        kd = dataclasses.replace(kd, alpha=(numbers[1:] or [kd.alpha])[0], dynamic_norm="norm" in rest)
-        kinds = [word for word in rest if word in CACHES]
-        if "top_k" in kinds:
-            kd = dataclasses.replace(kd, top_k=TOP_K)
+        options["boost"] = BOOST if "boost" in words else None
+        schedule = {"head_dtype": "fp8"} if "fp8" in words else {}
+        schedule |= {"mtp_weights": ((1.0,),)} if "no_mtp" in words else {}
+        kinds = [word for word in words if word in CACHES]
         section = dataclasses.replace(self.campaign.kd, cache=(kinds or ["none"])[0])
         make = expansion.Expansion(dataclasses.replace(self.campaign, kd=section), self.data)
-        config = make.run("kd", arm, kd=kd, cached=True, **options).config
+        teacher = None
+        if kind != "ce":
+            teacher = self.teacher(TEACHERS[kind])
+            options |= {"kd": self.kd(teacher.parent.name, words, numbers), "cached": True}
+        config = make.run("ce" if kind == "ce" else "kd", arm, **options).config
+        config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, **schedule))
         cache = self.cache(make.caches[config.kd.cache], teacher) if kinds else None
         self.train(arm, config, teacher, cache)
+
+    def kd(self, teacher: str, words: list[str], numbers: list[float]) -> KDConfig:
+        kd = dataclasses.replace(self.make.kd(teacher, 1.0), dynamic_norm=False, token_frac=numbers[0])
+        for alpha in numbers[1:]:
+            kd = dataclasses.replace(kd, alpha=alpha)
+        for word in (word for word in words if word in KD_OPTIONS):
+            kd = dataclasses.replace(kd, **KD_OPTIONS[word])
+        return kd
 
     def cache(self, config: CacheConfig, teacher: Path) -> Path:
         """The cache of the teacher's targets, written here if it isn't yet."""
@@ -190,6 +220,11 @@ class Run:
         self.step_ms = [after - before for before, after in zip(ends, ends[1:])]
         self.teacher: Run | None = None
         self.control: Run | None = None  # CE of the same block, seed and model
+
+    @property
+    def task(self) -> tuple:
+        """What a run shares with its control; of a teacher, nothing that a control has."""
+        return self.seed, self.config.get("model"), self.config.get("schedule", {}).get("mtp_weights")
 
     @property
     def teacher_ms(self) -> float:
@@ -254,9 +289,8 @@ def read_block(path: Path) -> list[Run]:
     """The runs of one block, each with its control and its teacher."""
     runs = [Run(path / r["run_id"], r["arm"], r["seed"]) for r in json.loads((path / "block.json").read_text())["runs"]]
     for run in runs:
-        want = (run.seed, run.config.get("model"))
-        same = (r for r in runs if r.arm in ("ce", "ce:plain") and (r.seed, r.config["model"]) == want)
-        run.control = next(same, None)
+        controls = (r for r in runs if r.arm in ("ce", "ce:plain", "ce:no_mtp") and r.task == run.task)
+        run.control = next(controls, None)
         if run.config.get("kd"):
             run.teacher = next(r for r in runs if r.run_id == run.config["kd"]["teacher"])
     return runs
@@ -440,6 +474,8 @@ def main() -> None:
     if args.tables:
         tables(args.tables)
         return
+    for arm in args.arms:  # before the first of them is trained
+        parsed(arm)
     begun = time.perf_counter()
     block = Block(args.configfile, args.out, args.device)
     for seed in args.seeds:

@@ -51,14 +51,19 @@ def test_a_block_of_the_pilot_goes_on_and_its_tables_are_those_of_its_runs(tmp_p
     first = block("ce", "bigram:0.5")
     assert [row["arm"] for row in first] == ["ce", "bigram", "bigram:0.5"]
     shutil.rmtree(tmp_path / "runs")  # as on another day; what the block has is not trained again
+    for wrong in ("ce:norm", "dense", "dense:0.5:0.5:0.5", "dense:0.5:none", "huge:0.5", "teacher:0.5"):
+        with pytest.raises(SystemExit, match=f"--arms {wrong}: no such arm"):
+            block("ce:boost", wrong)
     caches = "dense:0.5:norm:samples", "dense:0.5:norm:top_k"
-    arms = "dense:0.5:0.7", *caches, "trigram:0.5:norm", "ce:plain", "bigram:0.5:plain"
+    arms = "dense:0.5:0.7", *caches, "trigram:0.5:norm", "ce:plain", "bigram:0.5:plain", "ce:no_mtp"
+    arms += ("dense:0.5:norm:one:better:no_mtp:boost",)
     rows = block("ce", "bigram:0.5", *arms)
     assert rows[:3] == first
     assert [row["arm"] for row in rows[3:] if row["seed"]] == list(arms)
     loss = {row["arm"]: float(row["final_val"]) for row in rows}
     gain = {row["arm"]: row["gain"] for row in rows}
-    assert gain["ce"] == gain["ce:plain"] == gain["teacher"] == ""
+    assert gain["ce"] == gain["ce:plain"] == gain["ce:no_mtp"] == gain["teacher"] == ""
+    assert float(gain[arms[-1]]) == loss["ce:no_mtp"] - loss[arms[-1]]
     assert float(gain["bigram:0.5:plain"]) == loss["ce:plain"] - loss["bigram:0.5:plain"]
     assert float(gain["dense:0.5:0.7"]) == loss["ce"] - loss["dense:0.5:0.7"]
     assert all(float(row["kd_share_first"]) > 0 for row in rows if row["teacher"])
