@@ -126,12 +126,19 @@ def train(config: RunConfig, dataset: Dataset, label: str) -> list[tuple[int, fl
     return [(row["step"], row["val_loss"], row["train_time_ms"] / 1e3) for row in trainer.vals]
 
 
-def free() -> None:
-    """What a run leaves on the device; the graphs too, since each part has layers of its own kinds."""
-    torch.compiler.reset()
+def free(config: RunConfig, following: RunConfig | None) -> None:
+    """What a run leaves on the device; its graphs too, unless the following run has the same layers and windows."""
+    if following is None or graphs_of(following) != graphs_of(config):
+        torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def graphs_of(config: RunConfig) -> tuple:
+    """What the layers are compiled for."""
+    sched = config.schedule
+    return config.model, sched.windows, sched.extension_windows, sched.final_windows
 
 
 def ablate(values: dict, parts: list[str], seeds: list[int], out: Path, seconds: float) -> bool:
@@ -157,7 +164,7 @@ def ablate(values: dict, parts: list[str], seeds: list[int], out: Path, seconds:
         found = train(config, dataset, f"{part}, seed {seed}")
         rows += [run | dict(zip(("step", "val_loss", "train_s"), row, strict=True)) for row in found]
         write_csv(out, COLUMNS, rows)
-        free()
+        free(config, todo[i + 1][2] if i + 1 < len(todo) else None)
         longest = max(longest, time.perf_counter() - started)
     return True
 
