@@ -4,13 +4,13 @@ python benchmarks/pilot.py --arms ce teacher dense:0.1 dense:0.25 bigram:0.12 --
 python benchmarks/pilot.py --tables results/pilot    # of the blocks that are in there
 
 Arms: ce; teacher and small, the config's first two candidates, teacher2, teacher3, ... those after these; bigram and
-trigram, which are counted; KD, TEACHER:F, in the first F of the tokens (dense:F from `teacher`). After CE and KD come
-options: boost, the LR boost of KD's grid; plain, no bigram table in the student; no_mtp, the next token's loss alone;
-fp8, products of the logits in FP8. After KD also: an alpha; norm, the dynamic norm; better, on tokens whose label the
-teacher gives more probability than the student; one, in one micro-batch of each step; hidden, top_k or samples, a
-neural teacher's targets from a cache of these, whose time is counted with the teacher's. The run configs are those of
-the workflow. Only tables are kept, no weights. Runs compare within one block alone, with the CE run of their seed,
-model and labels; one that a block has is not trained again.
+trigram, which are counted; grown:TEACHER, CE that starts with a teacher's weights; KD, TEACHER:F, in the first F of the
+tokens (dense:F from `teacher`). Options after the last two and CE: boost, the LR boost of KD's grid; plain, no bigram
+table in the student; no_mtp, the next token's loss alone; fp8, products of the logits in FP8. After KD also: an alpha;
+norm, the dynamic norm; better, on tokens whose label the teacher gives more probability than the student; one, in one
+micro-batch of each step; hidden, top_k or samples, a neural teacher's targets from a cache of these, whose time is
+counted with the teacher's. The run configs are those of the workflow. Only tables are kept, no weights. Runs compare
+within one block alone, with the CE run of their seed, model and labels; one that a block has is not trained again.
 """
 
 from __future__ import annotations
@@ -93,11 +93,13 @@ def parsed(arm: str) -> tuple[str, list[str], list[float]]:
     of_kd = (*STUDENT_OPTIONS, *KD_OPTIONS, *CACHES)
     ce = kind == "ce" and not numbers and set(words) <= set(STUDENT_OPTIONS)
     kd = kind in TEACHERS and len(numbers) in (1, 2) and set(words) <= set(of_kd)
-    if not ce and not kd and arm not in TEACHERS.values():
+    grown = kind == "grown" and not numbers and sum(word in TRAINED for word in words) == 1
+    grown &= set(words) <= {*TRAINED, *STUDENT_OPTIONS}
+    if not ce and not kd and not grown and arm not in TEACHERS.values():
         raise SystemExit(
-            f"--arms {arm}: no such arm; allowed: ce, with options {', '.join(STUDENT_OPTIONS)}; a teacher, "
-            f"{', '.join(TEACHERS.values())}; KD, {', '.join(TEACHERS)}, with its share of the tokens, an alpha, "
-            f"options {', '.join(dict.fromkeys(of_kd))}"
+            f"--arms {arm}: no such arm; allowed: ce; a teacher, {', '.join(TEACHERS.values())}; grown:TEACHER; KD "
+            f"from {', '.join(TEACHERS)} with its share of the tokens and an alpha; after these and CE "
+            f"{', '.join(STUDENT_OPTIONS)}; after KD also {', '.join(dict.fromkeys([*KD_OPTIONS, *CACHES]))}"
         )
     return kind, words, numbers
 
@@ -152,10 +154,14 @@ class Block:
         section = dataclasses.replace(self.campaign.kd, cache=(kinds or ["none"])[0])
         make = expansion.Expansion(dataclasses.replace(self.campaign, kd=section), self.data)
         teacher = None
-        if kind != "ce":
+        if kind == "grown":
+            (source,) = (word for word in words if word in TRAINED)
+            teacher = self.teacher(source)
+            options["grown_from"] = teacher.parent.name
+        elif kind != "ce":
             teacher = self.teacher(TEACHERS[kind])
             options |= {"kd": self.kd(teacher.parent.name, words, numbers), "cached": True}
-        config = make.run("ce" if kind == "ce" else "kd", arm, **options).config
+        config = make.run(kind, arm, **options).config  # its id goes by what it trains, not by that name
         config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, **schedule))
         cache = self.cache(make.caches[config.kd.cache], teacher) if kinds else None
         self.train(arm, config, teacher, cache)
@@ -291,8 +297,9 @@ def read_block(path: Path) -> list[Run]:
     for run in runs:
         controls = (r for r in runs if r.arm in ("ce", "ce:plain", "ce:no_mtp") and r.task == run.task)
         run.control = next(controls, None)
-        if run.config.get("kd"):
-            run.teacher = next(r for r in runs if r.run_id == run.config["kd"]["teacher"])
+        source = (run.config.get("kd") or {}).get("teacher") or run.config.get("grown_from")
+        if source:
+            run.teacher = next(r for r in runs if r.run_id == source)
     return runs
 
 
