@@ -168,10 +168,10 @@ def import_(file: Path, results: Path, any_code: bool, keep: bool = False) -> st
         runs, manifest = _check_contents(archive, index)
         if not any_code:
             _check_code(file, index, runs)
-        kept = _in_the_way(index, results, manifest)
+        missing, kept = _compared(index, results, manifest)
         if kept and not keep:
             raise BundleError(f"{next(iter(kept.values()))}, or let it stay with --keep")
-        todo = [e for e in index.files if _unit(e) not in kept and not _is_here(e, results, manifest)]
+        todo = [entry for entry in missing if _unit(entry) not in kept]
         times = _times(index)
         for entry in _bar(sorted(todo, key=partial(_rank, index)), "writing"):
             _write(archive, entry, results, times[entry.path])
@@ -230,7 +230,7 @@ def _make_as_old(folder: Path, mtime_ns: int) -> None:
     """A run that stays in place of the bundle's becomes as old as that, if it is younger: others were made from it."""
     late = (folder / "status.json").stat().st_mtime_ns - mtime_ns
     if late > 0:
-        for path in (*folder.rglob("*"), folder):
+        for path in {path.stat().st_ino: path for path in (*folder.rglob("*"), folder)}.values():  # some are links
             times = path.stat()
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns - late))
 
@@ -347,21 +347,23 @@ def _unit(entry: Entry) -> str:
     return "/".join(entry.path.split("/")[:2]) if entry.path.startswith("runs/") else entry.path
 
 
-def _in_the_way(index: Index, results: Path, manifest: dict) -> dict[str, str]:
-    """{run or file that is here with another content: what to say of it}. Raises BundleError where nothing may stay:
-    data other than the runs', what is no finished run, what is no file.
+def _compared(index: Index, results: Path, manifest: dict) -> tuple[list[Entry], dict[str, str]]:
+    """(the files that are not here, {run or file that is here with another content: what to say of it}).
+
+    Raises BundleError where nothing may stay: data other than the runs', what is no finished run, what is no file.
     """
-    found = {}
+    missing, found = [], {}
     for entry in index.files:
         try:
-            _is_here(entry, results, manifest)
+            if not _is_here(entry, results, manifest):
+                missing.append(entry)
         except BundleError as error:
             unit = _unit(entry)
             needed = (f"{unit}/{name}" for name in MADE_AT_THE_END) if entry.path.startswith("runs/") else (unit,)
             if entry.path.startswith("data/") or not all((results / path).is_file() for path in needed):
                 raise
             found.setdefault(unit, str(error))
-    return found
+    return missing, found
 
 
 def _is_here(entry: Entry, results: Path, manifest: dict) -> bool:

@@ -64,7 +64,7 @@ def _of_teachers(runs: Sequence[RunFolder]) -> list[dict]:
     """Of teachers that were trained several times, as in a campaign that was run in parts."""
     taught: dict[str, list[RunFolder]] = {}
     for run in (run for run in runs if run.teacher_sha256):
-        taught.setdefault(run.config.kd.teacher, []).append(run)
+        taught.setdefault(run.config.kd.teacher if run.config.kd else run.config.grown_from, []).append(run)
     rows = []
     for teacher, found in taught.items():
         if (trainings := len({run.teacher_sha256 for run in found})) > 1:

@@ -1,5 +1,6 @@
 """The tables that only the report reads: traces, the horizon curve, configs, warnings, the headline."""
 
+import dataclasses
 import json
 import statistics
 
@@ -10,6 +11,7 @@ from kdclimb.analysis.cautions import warning_rows
 from kdclimb.analysis.details import COSTS, FACTS
 from kdclimb.analysis.tables import RunFolder
 from kdclimb.analysis.traces import BLOCKS, config_rows, flatten, horizon_rows, page_rows, trace_rows
+from kdclimb.config import RunConfig
 
 TEACHER = {"run_id": "teacher", "train_time_ms": 75.0}
 VERDICT = {"point": "T1", "n_seeds": 3, "tuning": "Tuning: KD had 4 trials. No choice lies on an edge."}
@@ -135,6 +137,9 @@ def test_students_of_several_trainings_of_one_teacher(tmp_path, weights, expecte
         status = json.loads((run.folder / "status.json").read_text()) | {"teacher_sha256": sha256}
         (run.folder / "status.json").write_text(json.dumps(status))
         runs.append(RunFolder.read(f"kd|T1|{run.folder}"))
+    grown = RunConfig.from_dict(make_config(seed=2).to_dict() | {"grown_from": runs[0].config.kd.teacher})
+    runs.append(run_folder(tmp_path, "control_growth", "grown", grown, val=whole(100)))
+    runs[-1] = dataclasses.replace(runs[-1], teacher_sha256=weights[-1])
     assert kinds(runs, None) == expected
     for row in warning_rows(runs, None):
         assert row["warning"].startswith(f"2 trainings of teacher {runs[0].config.kd.teacher} taught")
