@@ -6,11 +6,12 @@ python benchmarks/pilot.py --tables results/pilot    # of the blocks that are in
 Arms: ce; teacher and small, the config's first two candidates, teacher2, teacher3, ... those after these; bigram and
 trigram, which are counted; grown:TEACHER, CE that starts with a teacher's weights; KD, TEACHER:F, in the first F of the
 tokens (dense:F from `teacher`). Options after the last two and CE: boost, the LR boost of KD's grid; plain, no bigram
-table in the student; no_mtp, the next token's loss alone; fp8, products of the logits in FP8. After KD also: an alpha;
-norm, the dynamic norm; better, on tokens whose label the teacher gives more probability than the student; one, in one
-micro-batch of each step; hidden, top_k or samples, a neural teacher's targets from a cache of these, whose time is
-counted with the teacher's. The run configs are those of the workflow. Only tables are kept, no weights. Runs compare
-within one block alone, with the CE run of their seed, model and labels; one that a block has is not trained again.
+table in the student; no_mtp, the next token's loss alone; fp8, products of the logits in FP8; long, the first stage's
+batches throughout, and as many more steps as that takes for the same tokens. After KD also: an alpha; norm, the dynamic
+norm; better, on tokens whose label the teacher gives more probability than the student; one, in one micro-batch of each
+step; hidden, top_k or samples, a neural teacher's targets from a cache of these, whose time is counted with the
+teacher's. The run configs are those of the workflow. Only tables are kept, no weights. Runs compare within one block
+alone, with the CE run of their seed, model, batches and labels; one that a block has is not trained again.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from kdclimb.config import BoostConfig, CacheConfig, KDConfig, RunConfig
 from kdclimb.configfiles import read_config
 from kdclimb.prepare import prepare
 from kdclimb.run import run as train
+from kdclimb.schedule import total_tokens
 from kdclimb.sections import Campaign
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +48,8 @@ WORK = ROOT / "results/runs"
 CONFIGS = [ROOT / "config/seed155.yaml", ROOT / "config/pilot155.yaml"]
 KEPT = ("config.json", "status.json", "steps.csv", "summary.csv", "train.log", "val.csv")
 BOOST = BoostConfig(2.0, 0.15, 0.30)
-STUDENT_OPTIONS = ("boost", "plain", "no_mtp", "fp8")
+STUDENT_OPTIONS = ("boost", "plain", "no_mtp", "fp8", "long")
+CONTROLS = ("ce", "ce:plain", "ce:no_mtp", "ce:long")
 KD_OPTIONS = {
     "norm": {"dynamic_norm": True},
     "better": {"token_gate": "teacher_better"},
@@ -143,13 +146,7 @@ class Block:
             self.teacher(arm)
             return
         kind, words, numbers = parsed(arm)
-        model = self.make.student()
-        if "plain" in words:
-            model = dataclasses.replace(model, bigram_vocab_size=0)
-        options = {"horizon": self.make.last, "seed": seed, "model": model}
-        options["boost"] = BOOST if "boost" in words else None
-        schedule = {"head_dtype": "fp8"} if "fp8" in words else {}
-        schedule |= {"mtp_weights": ((1.0,),)} if "no_mtp" in words else {}
+        options = self.student(words, seed)
         kinds = [word for word in words if word in CACHES]
         section = dataclasses.replace(self.campaign.kd, cache=(kinds or ["none"])[0])
         make = expansion.Expansion(dataclasses.replace(self.campaign, kd=section), self.data)
@@ -162,9 +159,25 @@ class Block:
             teacher = self.teacher(TEACHERS[kind])
             options |= {"kd": self.kd(teacher.parent.name, words, numbers), "cached": True}
         config = make.run(kind, arm, **options).config  # its id goes by what it trains, not by that name
+        schedule = {"head_dtype": "fp8"} if "fp8" in words else {}
+        schedule |= {"mtp_weights": ((1.0,),)} if "no_mtp" in words else {}
         config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, **schedule))
         cache = self.cache(make.caches[config.kd.cache], teacher) if kinds else None
         self.train(arm, config, teacher, cache)
+
+    def student(self, words: list[str], seed: int) -> dict:
+        """What the options make of the student and its schedule, as `Expansion.run` takes it."""
+        model, train = self.make.student(), self.campaign.train
+        if "plain" in words:
+            model = dataclasses.replace(model, bigram_vocab_size=0)
+        options = {"horizon": self.make.last, "seed": seed, "model": model}
+        options["boost"] = BOOST if "boost" in words else None
+        if "long" in words:
+            stages = len(train.batch_tokens)
+            tokens = total_tokens(self.make.run("ce", "CE", **options).config.schedule)
+            options["horizon"] = tokens // train.batch_tokens[0]
+            options |= {"batch_tokens": train.batch_tokens[:1] * stages, "batch_lr": train.batch_lr[:1] * stages}
+        return options
 
     def kd(self, teacher: str, words: list[str], numbers: list[float]) -> KDConfig:
         kd = dataclasses.replace(self.make.kd(teacher, 1.0), dynamic_norm=False, token_frac=numbers[0])
@@ -230,7 +243,9 @@ class Run:
     @property
     def task(self) -> tuple:
         """What a run shares with its control; of a teacher, nothing that a control has."""
-        return self.seed, self.config.get("model"), self.config.get("schedule", {}).get("mtp_weights")
+        schedule = self.config.get("schedule", {})
+        shared = (schedule.get(name) for name in ("horizon", "batch_tokens", "mtp_weights"))
+        return self.seed, self.config.get("model"), *shared
 
     @property
     def teacher_ms(self) -> float:
@@ -295,7 +310,7 @@ def read_block(path: Path) -> list[Run]:
     """The runs of one block, each with its control and its teacher."""
     runs = [Run(path / r["run_id"], r["arm"], r["seed"]) for r in json.loads((path / "block.json").read_text())["runs"]]
     for run in runs:
-        controls = (r for r in runs if r.arm in ("ce", "ce:plain", "ce:no_mtp") and r.task == run.task)
+        controls = (r for r in runs if r.arm in CONTROLS and r.task == run.task)
         run.control = next(controls, None)
         source = (run.config.get("kd") or {}).get("teacher") or run.config.get("grown_from")
         if source:
