@@ -475,7 +475,7 @@ def plot(runs: list[Run], path: Path) -> None:
     axis.set_yscale("symlog", linthresh=0.01)
     axis.grid(alpha=0.3)
     if axis.lines[1:]:
-        axis.legend(fontsize=8, ncol=2)
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
