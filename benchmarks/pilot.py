@@ -95,14 +95,14 @@ def parsed(arm: str) -> tuple[str, list[str], list[float]]:
     words = [word for word in rest if not NUMBER.fullmatch(word)]
     of_kd = (*STUDENT_OPTIONS, *KD_OPTIONS, *CACHES)
     ce = kind == "ce" and not numbers and set(words) <= set(STUDENT_OPTIONS)
-    kd = kind in TEACHERS and len(numbers) in (1, 2) and set(words) <= set(of_kd)
+    kd = kind in TEACHERS and len(numbers) in (1, 2) and set(words) <= set(of_kd) and len({*words} & {*CACHES}) < 2
     grown = kind == "grown" and not numbers and sum(word in TRAINED for word in words) == 1
     grown &= set(words) <= {*TRAINED, *STUDENT_OPTIONS}
     if not ce and not kd and not grown and arm not in TEACHERS.values():
         raise SystemExit(
             f"--arms {arm}: no such arm; allowed: ce; a teacher, {', '.join(TEACHERS.values())}; grown:TEACHER; KD "
             f"from {', '.join(TEACHERS)} with its share of the tokens and an alpha; after these and CE "
-            f"{', '.join(STUDENT_OPTIONS)}; after KD also {', '.join(dict.fromkeys([*KD_OPTIONS, *CACHES]))}"
+            f"{', '.join(STUDENT_OPTIONS)}; after KD also {', '.join(KD_OPTIONS)}, and of {', '.join(CACHES)} one"
         )
     return kind, words, numbers
 

@@ -168,8 +168,6 @@ def _check_shapes(campaign: Campaign) -> None:
                 tokens,
                 f"multiples of train.micro_batch_tokens ({train.micro_batch_tokens})",
             )
-    names = [candidate.name for candidate in campaign.teacher.candidates]
-    require(len(set(names)) == len(names), "teacher.candidates", names, "each candidate once")
     for name, grid in (("kd.grid", kd.grid), ("controls.ce_grid", campaign.controls.ce_grid)):
         require(
             max(grid.hold_frac) < min(grid.drop_frac),

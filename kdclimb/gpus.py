@@ -37,7 +37,7 @@ def usable() -> list[str]:
 
 
 def take_one(device: str) -> None:
-    """Leave one GPU to this process and those that it forks: the first that no other job holds.
+    """Leave one GPU to this process until it ends: the first that no other job holds.
 
     Does nothing for a `device` other than cuda, where there is one GPU alone, and where Slurm chooses. If all are held,
     which jobs of one workflow never see, it is the first, and both runs are marked as sharing it.

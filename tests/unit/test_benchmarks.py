@@ -51,8 +51,8 @@ def test_a_block_of_the_pilot_goes_on_and_its_tables_are_those_of_its_runs(tmp_p
     first = block("ce", "bigram:0.5")
     assert [row["arm"] for row in first] == ["ce", "bigram", "bigram:0.5"]
     shutil.rmtree(tmp_path / "runs")  # as on another day; what the block has is not trained again
-    wrongs = "ce:norm dense dense:0.5:0.5:0.5 dense:0.5:none huge:0.5 teacher:0.5 grown grown:ce grown:small:0.5"
-    for wrong in wrongs.split():
+    wrongs = "ce:norm dense dense:0.5:0.5:0.5 dense:0.5:none dense:0.5:hidden:samples huge:0.5 teacher:0.5 grown"
+    for wrong in (*wrongs.split(), "grown:ce", "grown:small:0.5"):
         with pytest.raises(SystemExit, match=f"--arms {wrong}: no such arm"):
             block("ce:boost", wrong)
     caches = "dense:0.5:norm:samples", "dense:0.5:norm:top_k"

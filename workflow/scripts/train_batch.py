@@ -10,7 +10,6 @@ from pathlib import Path
 
 import train
 
-from kdclimb import gpus
 from kdclimb.artifacts import rehearse_plots
 from kdclimb.config import RunConfig
 from kdclimb.jobs import write_batch
@@ -71,7 +70,6 @@ def main() -> int:
         if stop.asked():
             return EXIT_INTERRUPTED
         config = RunConfig.from_dict(json.loads(text))
-        gpus.take_one(config.device)
         folders.append(Path("results/runs", config.run_id))
         if (folders[-1] / "status.json").is_file() and not (folders[-1] / ".state").is_dir():
             continue  # a bundle brought it: it has a result, but no state of its own
