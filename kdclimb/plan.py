@@ -286,7 +286,8 @@ class Timing:
         self.kind = None if self.modelled else this_device_kind(campaign.device)
         self.projected = _projected(results / campaign.campaign / "teacher/probe.csv", planned.named)
         self.student = next(run.config for run in planned.named if run.arm == "ce")
-        self.ms_per_token = _ce_speed(self.student, finished.values(), self.kind)
+        alike = _ce_runs(self.student, finished.values(), self.kind)
+        self.ms_per_token, self.wall = _ms_per_token(alike), None if self.modelled else _wall_over_training(alike)
         runs = _distinct([*planned.named, *planned.later])
         arms = {run_id: run.arm for run_id, run in runs.items()}
         self.estimates = {run_id: self._estimate(arms[run_id], run) for run_id, run in runs.items()}
@@ -345,6 +346,8 @@ class Timing:
     def notes(self) -> list[str]:
         what = "charged by FLOPs" if self.modelled else "without compilation, validation and checkpoints"
         lines = [f"Time is train_time_ms: training alone, {what}."]
+        if self.wall is not None:
+            lines.append(f"From its set-up to its last artifact a CE run took {self.wall:.2f} times that on the wall.")
         if self.ms_per_token is not None:
             on = f" on {self.kind}" if self.kind else ""
             speed = f"{self.ms_per_token * 1000:.3g} ms per 1,000 tokens{on}"
@@ -368,19 +371,31 @@ def _projected(probe: Path, named: list[Run]) -> dict[str, float]:
     return {row["candidate"]: row["projected_ms"] for row in rows if row["projected_ms"] is not None}
 
 
-def _ce_speed(student: RunConfig, runs: Iterable[RunFolder], kind: str | None) -> float | None:
-    """Milliseconds per token of all finished CE runs that trained this student under this clock on this kind of device.
+def _ce_runs(student: RunConfig, runs: Iterable[RunFolder], kind: str | None) -> list[RunFolder]:
+    """All finished CE runs that trained this student under this clock on this kind of device, and have a time.
 
-    None where there is none. Without a `kind` (a modelled clock, or a plan for a GPU that is not here), any counts.
+    Without a `kind` (a modelled clock, or a plan for a GPU that is not here), any device counts.
     """
-    times, tokens = 0.0, 0
+    found = []
     for run in runs:
         config, row = run.config, run.summary
         same = all(getattr(config, key) == getattr(student, key) for key in SAME_SPEED)
-        timed = run.ok and config.kd is None and row["tokens"] and row["train_time_ms"] is not None
+        timed = run.ok and config.kd is None and row["tokens"] and row["train_time_ms"]
         if same and timed and not is_shared(row) and (kind is None or row["device"] == kind):
-            times, tokens = times + row["train_time_ms"], tokens + row["tokens"]
-    return times / tokens if tokens else None
+            found.append(run)
+    return found
+
+
+def _ms_per_token(runs: list[RunFolder]) -> float | None:
+    tokens = sum(run.summary["tokens"] for run in runs)
+    return math.fsum(run.summary["train_time_ms"] for run in runs) / tokens if tokens else None
+
+
+def _wall_over_training(runs: list[RunFolder]) -> float | None:
+    """Of runs in one try: the wall time of a broken one's earlier tries is not known."""
+    whole = [run for run in runs if run.wall_s and not run.summary["broken"]]
+    training = math.fsum(run.summary["train_time_ms"] for run in whole)
+    return 1e3 * math.fsum(run.wall_s for run in whole) / training if whole else None
 
 
 def show_time(ms: float) -> str:

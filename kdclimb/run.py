@@ -10,7 +10,9 @@ import json
 import shutil
 import statistics
 import sys
+import time
 import traceback
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -153,6 +155,8 @@ class _Attempt:
         self.backend = choose_backend(config.attention, config.device, config.deterministic)
         self.started = datetime.now(UTC)
         self.trainer: Trainer | None = None
+        self.wall: dict[str, float] = {}  # seconds of this try, by what they went to
+        self.nested = 0.0  # of them, those of parts within the present one
         self.killed: list[str] = []  # how the tries since the last progress were ended from outside
 
     def go(self, last_attempt: bool, give_up: bool) -> int:
@@ -196,26 +200,36 @@ class _Attempt:
             progress.bar.close()
         return status, reason
 
+    @contextmanager
+    def _part(self, name: str):
+        """Count the seconds of the body to the part of that name, but for those of parts within it."""
+        began, outer, self.nested = time.perf_counter(), self.nested, 0.0
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - began
+            self.wall[name] = self.wall.get(name, 0.0) + took - self.nested
+            self.nested = outer + took
+
     def _train(self, stop: StopRequests, progress: Progress) -> tuple[str, str | None]:
         try:
-            self.trainer = trainer = Trainer(self.config, self.dataset, backend=self.backend, **self.inputs)
+            with self._part("set_up"):
+                self.trainer = trainer = Trainer(self.config, self.dataset, backend=self.backend, **self.inputs)
         except Exception as error:
             if not _is_oom(error):
                 raise  # data or teacher don't fit: no result of this run
             return "oom", _oom_reason(error)
         try:
             if self.config.clock == "measured":
-                trainer.warm_up()
-            try:
-                if trainer.load_state(self.folder.resume_file, self.key):
-                    progress.report(f"resumed at step {trainer.step}")
-                    progress.update(trainer.step)
-            except Damaged as error:
-                progress.report(str(error))
+                with self._part("warm_up"):
+                    trainer.warm_up()
+            with self._part("checkpoints"):
+                self._resume(progress)
             self._measure_anchor()
             if self.config.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            trainer.train(lambda: trainer.save_state(self.folder.resume_file, self.key), stop.asked, progress)
+            with self._part("training"):
+                trainer.train(self._save_state, stop.asked, progress)
             self._measure_anchor()
         except Interrupted:
             return "interrupted", f"at step {trainer.step}; start it again to go on"
@@ -233,9 +247,23 @@ class _Attempt:
             return "failed", f"torch.compile made {trainer.recompiles} graphs inside the clock; its times are void"
         return "ok", None
 
+    def _resume(self, progress: Progress) -> None:
+        """Go on from the last try's state, where there is one."""
+        try:
+            if self.trainer.load_state(self.folder.resume_file, self.key):
+                progress.report(f"resumed at step {self.trainer.step}")
+                progress.update(self.trainer.step)
+        except Damaged as error:
+            progress.report(str(error))
+
+    def _save_state(self) -> None:
+        with self._part("checkpoints"):
+            self.trainer.save_state(self.folder.resume_file, self.key)
+
     def _measure_anchor(self) -> None:
         if self.config.anchor_steps:
-            self.anchor.append(anchor_ms(self.config.device, self.config.anchor_steps))
+            with self._part("anchor"):
+                self.anchor.append(anchor_ms(self.config.device, self.config.anchor_steps))
 
     def _write(self, status: str, reason: str | None, attempts: int, shared: bool) -> None:
         """All artifacts; status.json last."""
@@ -244,14 +272,9 @@ class _Attempt:
         vals = [] if trainer is None else trainer.vals
         # Anew, since on a node that Slurm lost an earlier try's Snakemake may have deleted it as a failed job's output.
         write_json(out / "config.json", config.to_dict())
-        write_tables(out, config.run_id, steps, vals, self._summary(status, shared))
-        checkpoints = out / "checkpoints"
-        shutil.rmtree(checkpoints, ignore_errors=True)  # a failed run must not keep an earlier one's weights
-        checkpoints.mkdir()
-        if status == "ok":
-            facts = checkpoint_facts(config, self.dataset)
-            facts |= {"run_id": config.run_id, "step": trainer.step, "final_val": vals[-1]["val_loss"]}
-            save_checkpoint(checkpoints, trainer.model, facts | {"untied": trainer.model.head is not None})
+        with self._part("artifacts"):
+            write_tables(out, config.run_id, steps, vals, self._summary(status, shared))
+            self._save_weights(status)
         description = {
             "status": status,
             "reason": reason,
@@ -259,6 +282,7 @@ class _Attempt:
             "log_tail": None if status == "ok" else last_lines(out / "train.log"),
             "started": self.started.isoformat(timespec="seconds"),
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+            "wall_s": {name: round(seconds, 3) for name, seconds in self.wall.items()},
             "attempts": attempts,
             "attention": self.backend,
             "kernel": None if trainer is None else trainer.kernel,
@@ -271,6 +295,16 @@ class _Attempt:
             "versions": versions(),
         }
         self.folder.finish(description, self.key)
+
+    def _save_weights(self, status: str) -> None:
+        """Those of a run that ended well; a failed one must not keep an earlier one's."""
+        checkpoints = self.folder.path / "checkpoints"
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        checkpoints.mkdir()
+        if status == "ok":
+            trainer, facts = self.trainer, checkpoint_facts(self.config, self.dataset)
+            facts |= {"run_id": self.config.run_id, "step": trainer.step, "final_val": trainer.vals[-1]["val_loss"]}
+            save_checkpoint(checkpoints, trainer.model, facts | {"untied": trainer.model.head is not None})
 
     def _summary(self, status: str, shared: bool) -> dict:
         config, trainer = self.config, self.trainer

@@ -117,6 +117,7 @@ class RunFolder:
     slurm_job: str = ""
     log_tail: str = ""
     teacher_sha256: str = ""  # of the weights that taught it
+    wall_s: float = 0.0  # of its last try, from set-up to artifacts; 0 where status.json doesn't say
     speed: float = 1.0  # factor that all its times are read with: the machine's anchor was so much faster or slower
     unsteady: str = ""  # why its time can be compared with no other's
     files: dict[str, str] = field(default_factory=dict)  # {artifact: sha256}; without, nothing is verified
@@ -153,6 +154,7 @@ class RunFolder:
             raise AnalysisError(f"{folder / 'summary.csv'}: not the one row of run {folder.name}")
         ended = (status["status"], status["reason"] or "")
         more = {key: status.get(key) or "" for key in ("slurm_job", "log_tail", "teacher_sha256")}  # not all have them
+        more["wall_s"] = sum(status.get("wall_s", {}).values())
         return cls(arm, label, folder, config, *ended, rows[0], **more, files=files)
 
     @property

@@ -363,6 +363,20 @@ def test_times_come_from_finished_runs_probes_and_the_ce_speed(capsys, results):
     assert f"CE speed: 10.4 ms per 1,000 tokens on {HERE}; while KD is active, a run takes longer than that." in lines
 
 
+def test_the_plan_says_what_comes_to_the_training_time_on_the_wall(capsys, tmp_path):
+    # 50 steps of 4 ms twice, in 0.5 s and in 0.3 s; the wall time of a third, which was broken, is that of its last try
+    (tmp_path / "measured.yaml").write_text("budget: {clock: measured}")
+    config = campaign.load(merged("tests/tiny.yaml", {"budget": {"clock": "measured"}}), ROOT)
+    runs = [r.config for r in expansion.expand(config, {}, campaign.data_id(config, ROOT)) if r.arm == "ce"]
+    walls = ({"warm_up": 0.1, "training": 0.4}, {"training": 0.3}, {"training": 9.0})
+    for made, wall, broken in zip(runs, walls, (0, 0, 1)):
+        folder = write_run(tmp_path / "runs", made, step_ms=4.0, device=HERE, broken=broken)
+        (folder / "status.json").write_text(json.dumps({"status": "ok", "reason": None, "wall_s": wall}))
+    told = "From its set-up to its last artifact a CE run took 2.00 times that on the wall."
+    assert told in planned(capsys, tmp_path, *TINY, tmp_path / "measured.yaml")
+    assert not [line for line in planned(capsys, tmp_path) if "on the wall" in line]  # the modelled clock is no time
+
+
 def test_the_plan_on_a_cluster_leaves_no_run_out(tmp_path):
     ngram = {"orders": [2], "token_frac": [0.2], "entries": 16, "contexts": 300}
     config = campaign.load(merged("tests/tiny.yaml", {"kd": {"ngram": ngram}}), ROOT)

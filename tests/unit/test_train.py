@@ -71,6 +71,8 @@ def test_a_run_leaves_its_artifacts(kd_run, teacher_folder):
     assert int(steps[-1]["tokens"]) == 38 * 256 + 37 * 512  # two equal stages of 75 steps
     status, teacher = (json.loads(path.read_text()) for path in (kd_run / "status.json", teacher_folder / "model.json"))
     assert status["status"] == "ok" and status["teacher_sha256"] == teacher["weights_sha256"]
+    assert {*status["wall_s"]} == {"set_up", "checkpoints", "training", "artifacts"}
+    assert min(status["wall_s"].values()) >= 0 and status["wall_s"]["training"] > 0
     assert float(summary[0]["final_val"]) == float(vals[-1]["val_loss"]) < float(vals[0]["val_loss"])
     assert float(vals[0]["val_loss"]) == pytest.approx(math.log(384), abs=0.05)  # an untrained student guesses
 
