@@ -11,14 +11,12 @@ import functools
 import json
 import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import jsonschema
 import yaml
 
-from kdclimb import sources, supply
+from kdclimb import gpus, sources, supply
 from kdclimb.artifacts import Damaged, read_noted
 from kdclimb.config import (
     ADAM_KINDS,
@@ -67,7 +65,7 @@ def load(config: dict, root: Path) -> Campaign:
     _check_budget(campaign)
     _check_data(campaign.data, root)
     if campaign.device == "auto":
-        campaign = dataclasses.replace(campaign, device=detect_device())
+        campaign = dataclasses.replace(campaign, device="cuda" if gpus.listed() else "cpu")
     _check_fp8(campaign)
     return campaign
 
@@ -102,14 +100,6 @@ def _explain(error: jsonschema.ValidationError) -> str:
     }
     text = allowed.get(error.validator, error.validator + " {}").format(error.validator_value)
     return f"{key}: {shown(error.instance)} is not allowed; allowed: {text}"
-
-
-def detect_device() -> str:
-    """cuda where nvidia-smi lists a GPU, else cpu. Without torch, since the Snakefile asks at every parse."""
-    if shutil.which("nvidia-smi") is None:
-        return "cpu"
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    return "cuda" if listed.returncode == 0 and listed.stdout.startswith("GPU") else "cpu"
 
 
 def _check_data(data: DataSection, root: Path) -> None:

@@ -18,22 +18,27 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 _taken = []  # lock files, which are held until the process ends
 
 
+def listed() -> list[tuple[str, str]]:
+    """(UUID, kind) of each GPU of this machine, as its driver names them; none without one."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=uuid,name", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    rows = [tuple(line.split(", ", 1)) for line in done.stdout.splitlines() if line.startswith("GPU-")]
+    return [] if done.returncode else rows
+
+
 def usable() -> list[str]:
     """Names, as CUDA_VISIBLE_DEVICES has them, of the GPUs that the workflow's jobs may use; none without a driver.
 
     They are those that the variable names; without it, all of the first one's kind, since times on another don't
     compare.
     """
-    if shutil.which("nvidia-smi") is None:
-        return []
-    command = ["nvidia-smi", "--query-gpu=uuid,name", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    listed = [line.split(", ", 1) for line in done.stdout.splitlines() if line.startswith("GPU-")]
-    if done.returncode or not listed:
+    if not (there := listed()):
         return []
     if (given := os.environ.get(VISIBLE)) is not None:
         return [name.strip() for name in given.split(",") if name.strip()]
-    return [uuid for uuid, kind in listed if kind == listed[0][1]]
+    return [uuid for uuid, kind in there if kind == there[0][1]]
 
 
 def take_one(device: str) -> None:

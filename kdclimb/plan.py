@@ -7,13 +7,11 @@ allows. No torch and no snakemake.
 from __future__ import annotations
 
 import math
-import shutil
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdclimb import supply
+from kdclimb import gpus, supply
 from kdclimb.analysis.budget import is_shared
 from kdclimb.analysis.tables import AnalysisError, RunFolder, read_csv, show_ms
 from kdclimb.campaign import check_tokens, data_id, read_decisions, token_needs, token_supply
@@ -270,11 +268,8 @@ def this_device_kind(device: str) -> str | None:
     """The name that runs on this machine are recorded under; None where it has no such device."""
     if device == "cpu":
         return device_kind(device)
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]  # torch would name it too, after seconds
-    listed = subprocess.run(command, capture_output=True, text=True)
-    return listed.stdout.splitlines()[0].strip() if listed.returncode == 0 and listed.stdout.strip() else None
+    there = gpus.listed()  # torch would name it too, after seconds
+    return there[0][1] if there else None
 
 
 class Timing:

@@ -544,7 +544,9 @@ def test_the_device_has_the_name_that_runs_record(monkeypatch, tmp_path):
     assert this_device_kind("cpu") == device_kind("cpu")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert this_device_kind("cuda") is None
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA H100 80GB HBM3\necho NVIDIA H100 80GB HBM3\n")
+    (tmp_path / "nvidia-smi").write_text(
+        "#!/bin/sh\necho GPU-a, NVIDIA H100 80GB HBM3\necho GPU-b, NVIDIA H100 80GB HBM3\n"
+    )
     (tmp_path / "nvidia-smi").chmod(0o755)
     assert this_device_kind("cuda") == "NVIDIA H100 80GB HBM3"
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho no devices\nexit 9\n")
