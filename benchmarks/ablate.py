@@ -172,7 +172,8 @@ def ablate(values: dict, parts: list[str], seeds: list[int], out: Path, seconds:
 def table(rows: list[dict]) -> str:
     """Markdown: what each part is worth at the end, in nats and in time, by the runs of the same seeds with all parts.
 
-    Differences are means over seeds, with the standard error from two seeds on.
+    Differences are means over seeds, with the standard error from two seeds on. A row without train_s, deleted by hand
+    since the device had other work, has no time.
     """
     ends: dict[str, dict[str, dict]] = {}
     for row in rows:  # of a run's rows the last one stays
@@ -183,11 +184,11 @@ def table(rows: list[dict]) -> str:
         if not pairs:
             continue
         worth = [float(mine["val_loss"]) - float(full["val_loss"]) for mine, full in pairs]
-        slower = [float(mine["train_s"]) / float(full["train_s"]) for mine, full in pairs]
+        slower = [float(a["train_s"]) / float(b["train_s"]) for a, b in pairs if a["train_s"] and b["train_s"]]
         error = f" ± {statistics.stdev(worth) / math.sqrt(len(worth)):.4f}" if len(worth) > 1 else ""
         loss = statistics.fmean(float(mine["val_loss"]) for mine, _ in pairs)
         cells = [part, f"`{pairs[0][0]['keys']}`", f"{loss:.4f}", f"{statistics.fmean(worth):+.4f}{error}"]
-        cells += [f"{statistics.fmean(slower):.3f}", str(len(pairs))]
+        cells += [f"{statistics.fmean(slower):.3f}" if slower else "-", str(len(pairs))]
         lines.append((statistics.fmean(worth), f"| {' | '.join(cells)} |"))
     losses = [float(row["val_loss"]) for row in base.values()]
     if not losses:

@@ -76,12 +76,13 @@ def test_the_table_pairs_seeds(tmp_path):
 
     rows = run(ablate.ALL, "0", [9.0, 3.8], 10.0) + run(ablate.ALL, "1", [9.0, 3.6], 10.0)
     rows += run("skip", "0", [9.0, 3.9], 9.0) + run("skip", "1", [9.0, 3.8], 9.0)
-    rows += run("smear", "0", [9.0, 4.0], 11.0) + run("YaRN", "7", [9.0, 4.0], 11.0)
+    rows += run("smear", "0", [9.0, 4.0], 11.0) + run("YaRN", "7", [9.0, 4.0], 11.0) + run("backout", "0", [3.7], "")
     _, _, first, *lines = ablate.table(rows).splitlines()
     assert first == "| with all parts | | 3.7000 | | 1 | 2 |"
     assert lines == [
         "| smear | `k` | 4.0000 | +0.2000 | 1.100 | 1 |",
         "| skip | `k` | 3.8500 | +0.1500 ± 0.0500 | 0.900 | 2 |",
+        "| backout | `k` | 3.7000 | -0.1000 | - | 1 |",
     ]
     with pytest.raises(SystemExit, match="no run with all parts"):
         ablate.table(run("skip", "0", [3.9], 9.0))
