@@ -27,7 +27,7 @@ from kdclimb.config import (
     short_hash,
     shown,
 )
-from kdclimb.expansion import expand, extended
+from kdclimb.expansion import Expansion, contains, expand, extended
 from kdclimb.imported import COMMAND, read_config
 from kdclimb.schedule import total_tokens
 from kdclimb.sections import Campaign, DataSection
@@ -165,16 +165,16 @@ def _check_shapes(campaign: Campaign) -> None:
             list(grid.drop_frac),
             f"above every {name}.hold_frac ({list(grid.hold_frac)})",
         )
-    student, growth = campaign.student, campaign.controls.growth
+    make, growth = Expansion(campaign, "unprepared"), campaign.controls.growth
     for candidate in campaign.teacher.candidates if growth else ():
-        inside = candidate.num_layers <= student.num_layers
-        same = (candidate.num_heads, candidate.head_dim) == (student.num_heads, student.head_dim)
+        student = make.student()
         require(
-            inside and same and not campaign.teacher.imported,
+            contains(student, make.teacher(candidate)) and not campaign.teacher.imported,
             "controls.growth",
             growth,
-            f"false, or all of teacher.candidates with the student's {student.num_heads} heads of {student.head_dim} "
-            f"and at most its {student.num_layers} layers, and none imported ({candidate.name} is none)",
+            f"false, or all of teacher.candidates with the student's {student.num_heads} heads of {student.head_dim}, "
+            f"at most its {student.num_layers} layers, of these none without attention, teacher.value_layers among "
+            f"the student's, and none imported ({candidate.name} is none)",
         )
     require(
         kd.screen_seed not in train.seeds,

@@ -196,6 +196,17 @@ def _from_start(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
     return tuple(i + num_layers if i < 0 else i for i in layers)
 
 
+def contains(student: ModelConfig, teacher: ModelConfig) -> bool:
+    """Whether each of the teacher's layers has its like in the student, so that this can start from its weights."""
+    layers = range(teacher.num_layers)
+    return (
+        teacher.num_layers <= student.num_layers
+        and (teacher.num_heads, teacher.head_dim) == (student.num_heads, student.head_dim)
+        and {*teacher.value_layers} <= {*student.value_layers}
+        and not {*student.attention_free_layers}.intersection(layers)
+    )
+
+
 class Expansion:
     """Builds run configs that differ only in what their arm is about."""
 

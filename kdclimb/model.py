@@ -97,9 +97,9 @@ class GPT(nn.Module):
         return {name: _kind(name) for name, _ in self.named_parameters()}
 
     def untie_step(self, horizon: int) -> int | None:
-        """The step before which the head unties; None if it never does."""
+        """The step before which the head unties; None if it never does, or has."""
         frac = self.config.untie_frac
-        return None if frac in (0.0, 1.0) else math.ceil(frac * horizon)
+        return None if frac in (0.0, 1.0) or self.head is not None else math.ceil(frac * horizon)
 
     def set_windows(self, windows: tuple[int, int] | None, long_windows: tuple[int, ...]) -> None:
         """Look through these windows from now on: (short, long) in tokens, None for whole documents.

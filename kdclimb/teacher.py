@@ -17,6 +17,7 @@ from kdclimb.kernels import fp8
 from kdclimb.model import GPT
 from kdclimb.ngram import NgramTable
 
+PER_LAYER = ("residual_lambdas", "x0_lambdas", "bigram_lambdas")  # weights of which each layer has one number
 RESCORE_TOLERANCE = 1e-3  # nats; covers bf16 kernels that sum in another order, not other weights
 
 
@@ -123,16 +124,25 @@ def build_frozen(description: dict, *, device: str, **model_options) -> GPT:
 def grow(model: GPT, folder: Path) -> None:
     """Start `model` with the weights of the checkpoint in `folder`; its further layers add nothing at first.
 
-    Of the layers, those that both have, from the first on; of the rest, what has the same name and shape. Raises
-    ValueError where nothing would be left of the teacher: its embedding or its layers don't fit.
+    Of the layers, and of the factors that each layer has one of, those that both have, from the first on; of the rest,
+    what has the same name and shape. A head that the teacher untied is the student's from the start. Raises ValueError
+    where it would not start as the teacher: whose embedding or whose layers don't fit.
     """
+    if read_description(folder)["untied"] and model.head is None:
+        model.untie()
     tensors, own = load_file(folder / "model.safetensors", device=model.embed.device.type), model.state_dict()
-    fits = {name: t for name, t in tensors.items() if name in own and own[name].shape == t.shape}
-    if "embed" not in fits or any(name.startswith("blocks.") for name in tensors.keys() - fits.keys()):
-        raise ValueError(f"controls.growth: the student can't start from {folder}, whose shape it does not contain")
+    places = {
+        name: own[name][: len(t)] if name in PER_LAYER else own[name] for name, t in tensors.items() if name in own
+    }
+    fits = {name: t for name, t in tensors.items() if name in places and places[name].shape == t.shape}
+    missing = sorted(name for name in tensors.keys() - fits.keys() if name == "embed" or name.startswith("blocks."))
+    if missing:
+        raise ValueError(
+            f"controls.growth: the student can't start from {folder}: it has no {missing[0]} of that shape"
+        )
     with torch.no_grad():
         for name, tensor in fits.items():
-            own[name].copy_(tensor)
+            places[name].copy_(tensor)
         for i, block in enumerate(model.blocks):
             if block.attends and f"blocks.{i}.o" not in fits:
                 block.o.zero_()  # as the MLP's output is

@@ -1,6 +1,7 @@
 """The expansion of a config into runs: pure, complete, and sharing what is the same."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 from configs import ROOT, merged
@@ -245,3 +246,16 @@ def test_a_grown_student_needs_candidates_that_fit_into_it():
     teacher = next(r.run_id for r in runs if r.arm == "teacher")
     grown = [r.config for r in runs if r.arm == "control_growth"]
     assert len(grown) == 3 and {(c.grown_from, c.kd) for c in grown} == {(teacher, None)}
+
+
+@pytest.mark.parametrize(
+    ("of_teacher", "value_layers", "attention_free_layers", "fits"),
+    [([0], [0, 1], [], True), ([0], [1], [], False), ([], [1], [0], False), ([], [1], [2], True)],
+)
+def test_a_grown_student_needs_its_teachers_layers(of_teacher, value_layers, attention_free_layers, fits):
+    shapes = [{"num_layers": 1, "num_heads": 4, "head_dim": 32, "steps": 50}]
+    student = {"value_layers": value_layers, "attention_free_layers": attention_free_layers}
+    teacher = {"candidates": shapes, "value_layers": of_teacher}
+    overlay = {"device": "cpu", "controls": {"growth": True}, "teacher": teacher, "student": student}
+    with nullcontext() if fits else pytest.raises(ConfigError, match="teacher.value_layers among the student's"):
+        campaign.load(merged(overlay), ROOT)

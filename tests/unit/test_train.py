@@ -141,21 +141,21 @@ def test_ce_with_kds_lr_follows_it_through_the_stop_and_the_tail(tiny_runs, trai
         train(other, tmp_path / "other", policy=kd_run / "summary.csv")
 
 
-def test_a_grown_student_starts_where_its_teacher_ended(tiny_runs, train, tmp_path):
-    base = pick(tiny_runs, "ce")
-    off = dict.fromkeys(("x0", "attention_gate", "key_offset", "smear", "qkvo_factors", "yarn"), False)
-    off |= dict.fromkeys(
-        ("long_layers", "attention_free_layers", "paired_layers", "value_layers", "skip", "backout"), ()
-    )
-    model = dataclasses.replace(base.model, num_layers=3, bigram_vocab_size=0, untie_frac=0.0, **off)
-    schedule = dataclasses.replace(base.schedule, windows=(), final_windows=(), stop_step=10)
+@pytest.mark.parametrize("untie_frac", [0.0, 0.5, 1.0])
+def test_a_grown_student_starts_where_its_teacher_ended(tiny_runs, train, tmp_path, untie_frac):
+    """All parts on, those too of which each layer has a number, and the student's head free as its teacher's is."""
+    base, tiny = pick(tiny_runs, "ce"), pick(tiny_runs, "teacher")
+    model = dataclasses.replace(base.model, untie_frac=untie_frac)
+    alike = {name: getattr(model, name) for name in ("num_heads", "head_dim", "untie_frac")}
+    schedule = dataclasses.replace(base.schedule, windows=(), final_windows=(), stop_step=40)
     config = dataclasses.replace(base, model=model, schedule=schedule)
-    small = dataclasses.replace(config, model=dataclasses.replace(model, num_layers=1))
+    small = dataclasses.replace(config, model=dataclasses.replace(tiny.model, num_layers=1, **alike))
     _, taught = train(small, tmp_path)
     grown = dataclasses.replace(config, grown_from=small.run_id)
-    _, out = train(grown, tmp_path, taught / "checkpoints")
-    first, last = rows(out / "val.csv")[0], rows(taught / "val.csv")[-1]
-    assert float(first["val_loss"]) == pytest.approx(float(last["val_loss"]), abs=1e-4)
+    code, out = train(grown, tmp_path, taught / "checkpoints")
+    vals, last = rows(out / "val.csv"), rows(taught / "val.csv")[-1]
+    assert float(vals[0]["val_loss"]) == pytest.approx(float(last["val_loss"]), abs=1e-4)
+    assert code == 0 and float(vals[-1]["val_loss"]) < float(vals[0]["val_loss"])
     wide = dataclasses.replace(grown, model=dataclasses.replace(model, head_dim=20))
     with pytest.raises(ValueError, match="controls.growth: the student can't start from"):
         train(wide, tmp_path, taught / "checkpoints")
