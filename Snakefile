@@ -44,7 +44,9 @@ onsuccess:
     tell_failed()
     forget_kept_caches()
     copy_to_mirror()
-    print(f"kdclimb: done; open {RESULTS}/report/index.html")
+    page = f"{RESULTS}/report/index.html"
+    there = f"open {page}" if Path(page).is_file() else f"{RESULTS}/ has what was asked for, no report yet"
+    print(f"kdclimb: done; {there}")
 
 
 onerror:

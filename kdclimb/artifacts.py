@@ -259,8 +259,8 @@ class RunFolder:
         sync(self.path)
         self.resume_file.unlink(missing_ok=True)
 
-    def restore_complete(self, key: dict, *, any_code: bool) -> bool:
-        """Bring back the artifacts of a finished run with the same key; False if there is none.
+    def restore_complete(self, key: dict, *, any_code: bool, weights: bool = True) -> bool:
+        """Bring back the artifacts of a finished run with the same key; False if there is none, or none with `weights`.
 
         What was damaged since is said on stderr, and counts as none.
         """
@@ -271,7 +271,10 @@ class RunFolder:
             found = read_sealed(kept / "key.json", "the run is made again")["key"]
             if _but_code(found, any_code) != _but_code(key, any_code):
                 return False
-            files = read_sealed(kept / "status.json", "the run is made again")["files"]
+            status = read_sealed(kept / "status.json", "the run is made again")
+            files = status["files"]
+            if weights and status["status"] == "ok" and not any(name.startswith("checkpoints/") for name in files):
+                return False
             for name, digest in files.items():
                 verify(kept / name, digest, "the run is made again")
         except (Damaged, OSError) as error:

@@ -315,14 +315,15 @@ def _check_contents(archive: _Archive, index: Index) -> tuple[dict[str, dict], d
         if found != run_id:
             raise BundleError(f"{archive.file}: {folder}/config.json: the config of another run, {found}")
         runs[run_id] = archive.json(entries[f"{folder}/status.json"], "status", "code_hash")
-        _check_weights(archive, entries, folder, runs[run_id]["status"])
+        _check_weights(archive, entries, folder, runs[run_id])
     return runs, manifest
 
 
-def _check_weights(archive: _Archive, entries: dict[str, Entry], folder: str, status: str) -> None:
+def _check_weights(archive: _Archive, entries: dict[str, Entry], folder: str, status: dict) -> None:
     described, weights = (entries.get(f"{folder}/checkpoints/{name}") for name in ("model.json", WEIGHTS))
     if described is None:
-        if weights is not None or status == "ok":
+        owed = "checkpoints/model.json" in status["files"] if "files" in status else status["status"] == "ok"
+        if weights is not None or owed:
             raise BundleError(f"{archive.file}: {folder}/checkpoints/model.json: missing")
         return
     sha256 = archive.json(described, "weights_sha256")["weights_sha256"]

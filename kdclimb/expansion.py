@@ -29,6 +29,10 @@ from kdclimb.schedule import kd_tokens, total_tokens
 from kdclimb.sections import Campaign, Candidate, CEGridSection, GridSection, KDSection
 
 MOST_RUNS = 24  # of a job: their configs are one argument of its command, which Linux ends at 128 KiB
+UNKEPT = {  # arms whose runs leave no weights, by `weights`
+    "all": (),
+    "full": ("probe", "isolate", "screen", "ce_screen", "control_random"),
+}
 LAYER_LISTS = ("long_layers", "attention_free_layers", "paired_layers", "value_layers", "skip", "backout")
 
 
@@ -81,6 +85,12 @@ def _expand(campaign: Campaign, decisions: dict, data: str) -> _Expanded:
         arms += runs.promoted(teacher, promoted) + runs.tuned(decisions["promoted"].get("ce_point")) + runs.smoothed()
         arms += runs.extended(decisions["selected"]) + runs.grown(teacher)
     return _Expanded(arms, runs.caches)
+
+
+def without_weights(campaign: Campaign, runs: list[Run]) -> set[str]:
+    """Ids of those whose weights nobody wants: no arm that keeps them asks for the run. Pure."""
+    arms = UNKEPT.get(campaign.weights, {run.arm for run in runs} - {"teacher"})
+    return {run.run_id for run in runs} - {run.run_id for run in runs if run.arm not in arms}
 
 
 def tables(campaign: Campaign, data: str = "unprepared") -> list[Run]:

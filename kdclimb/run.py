@@ -73,6 +73,7 @@ def run(
     cache: Path | None = None,
     policy: Path | None = None,
     give_up: bool = False,
+    weights: bool = True,
 ) -> int:
     """Train `config` into the folder `out`; returns the exit code.
 
@@ -81,7 +82,7 @@ def run(
     Raises ConfigError or ValueError, and leaves no result, if config, data or teacher don't fit. A finished
     run with the same key (config, code, data, teacher, torch, threads) is brought back, not trained again;
     `any_code` takes one of any code. `policy` is summary.csv of the run that `lr_policy` names. `give_up` makes a
-    result of tries that were killed without a word.
+    result of tries that were killed without a word. Without `weights` none are kept.
     """
     if out.name != config.run_id:
         raise ConfigError(f"{out}: the folder of this config is called {config.run_id}")
@@ -95,11 +96,11 @@ def run(
         dataset = Dataset(manifest)
         stop = policy_stop_step(config, policy)
         key = _key(config, dataset, teacher, threads) | ({"kd_stop_step": stop} if config.lr_policy else {})
-        if folder.restore_complete(key, any_code=any_code):
+        if folder.restore_complete(key, any_code=any_code, weights=weights):
             print(f"{config.run_id}: already complete; its artifacts are back", file=sys.stderr)
             return 0
         inputs = {"teacher_folder": teacher, "cache": cache, "kd_stop_step": stop}
-        return _Attempt(config, folder, dataset, inputs, policy, key, threads).go(last_attempt, give_up)
+        return _Attempt(config, folder, dataset, inputs, policy, key, threads, weights).go(last_attempt, give_up)
 
 
 def _refuse_other_config(out: Path, config: RunConfig) -> None:
@@ -147,10 +148,10 @@ def _key(config: RunConfig, dataset: Dataset, teacher: Path | None, threads: int
 class _Attempt:
     """One try at a run: trains, and writes down whatever comes of it."""
 
-    def __init__(self, config, folder: RunFolder, dataset, inputs: dict, policy, key, threads):
+    def __init__(self, config, folder: RunFolder, dataset, inputs: dict, policy, key, threads, weights: bool):
         """`inputs` go to the trainer; `policy` is the file that its KD stop step was read from."""
         self.config, self.folder, self.dataset, self.inputs, self.policy = config, folder, dataset, inputs, policy
-        self.key, self.threads = key, threads
+        self.key, self.threads, self.weights = key, threads, weights
         self.anchor: list[float] = []  # ms of a step before and after
         self.backend = choose_backend(config.attention, config.device, config.deterministic)
         self.started = datetime.now(UTC)
@@ -297,11 +298,11 @@ class _Attempt:
         self.folder.finish(description, self.key)
 
     def _save_weights(self, status: str) -> None:
-        """Those of a run that ended well; a failed one must not keep an earlier one's."""
+        """Those of a run that ended well, if they are wanted; a failed one must not keep an earlier one's."""
         checkpoints = self.folder.path / "checkpoints"
         shutil.rmtree(checkpoints, ignore_errors=True)
         checkpoints.mkdir()
-        if status == "ok":
+        if status == "ok" and self.weights:
             trainer, facts = self.trainer, checkpoint_facts(self.config, self.dataset)
             facts |= {"run_id": self.config.run_id, "step": trainer.step, "final_val": trainer.vals[-1]["val_loss"]}
             save_checkpoint(checkpoints, trainer.model, facts | {"untied": trainer.model.head is not None})

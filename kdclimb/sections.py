@@ -247,6 +247,7 @@ class Campaign:
     campaign: str
     device: str
     code: str
+    weights: str
     paths: PathsSection
     cluster: ClusterSection
     data: DataSection

@@ -59,9 +59,12 @@ def _save(folder: Path, tensors: dict[str, Tensor], description: dict) -> None:
 
 def read_description(folder: Path) -> dict:
     """model.json of a checkpoint. Raises ValueError if it or the weights aren't there, or aren't the ones it names."""
-    if not (folder / "model.json").is_file():
-        raise ValueError(f"{folder}: no checkpoint there; the run that owes it did not end well (see its train.log)")
     remedy = f"make it again: python -m kdclimb retry --run {folder.parent.name}, then ./run"
+    if not (folder / "model.json").is_file():
+        raise ValueError(
+            f"{folder}: no checkpoint there; either its run did not end well (see its train.log), or `weights` kept "
+            f"none of it: {remedy}"
+        )
     description = read_sealed(folder / "model.json", remedy)
     if not (folder / "model.safetensors").is_file():
         raise ValueError(

@@ -106,6 +106,7 @@ def expand_runs():
             {run.run_id: run.config for run in found},
             {batch: [run.config for run in members] for batch, members in shared.items()},
             {run.run_id: batch for batch, members in shared.items() for run in members},
+            expansion.without_weights(CAMPAIGN, found),
         )
         if MINUTES is not None and workflow.is_main_process:
             print(plan_on_cluster(), file=sys.stderr)
@@ -303,6 +304,15 @@ def policy_runs(*configs):
     return [*dict.fromkeys(made_by(run_id, "summary.csv") for run_id in followed)]
 
 
+def weights_flag(config):
+    return "--no-weights" if config.run_id in expand_runs()[4] else ""
+
+
+def weights_flags(configs):
+    ids = [config.run_id for config in configs if config.run_id in expand_runs()[4]]
+    return " ".join(["--no-weights", *ids]) if ids else ""
+
+
 def policy_flag(config):
     return f"--policy results/runs/{config.lr_policy.run}/summary.csv" if config.lr_policy else ""
 
@@ -323,7 +333,7 @@ def compile_cache():
 
 def runs_of(failure):
     """The configs of the runs that a failed job was to train, as far as the decisions since then still name them."""
-    made, (_, by_id, batched, _) = Path(failure.made), expand_runs()
+    made, (_, by_id, batched, *_) = Path(failure.made), expand_runs()
     one = [by_id[made.parent.name]] if made.parent.name in by_id else []
     return {"train": one, "train_batch": batched.get(made.stem, [])}.get(failure.rule, [])
 

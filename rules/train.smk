@@ -33,6 +33,7 @@ rule train:
         code_policy=CAMPAIGN.code,
         mirror=f"--mirror {shlex.quote(str(MIRROR))}" if MIRROR else "",
         compile_cache=compile_cache(),
+        weights=lambda wildcards: weights_flag(asked_run(wildcards)),
     params:
         config=lambda wildcards: shlex.quote(asked_run(wildcards).canonical()),
         teacher=lambda wildcards, input: (f"--teacher {shlex.quote(str(input.teacher))}" if input.teacher else ""),
@@ -43,7 +44,7 @@ rule train:
     shell:
         "exec env {resources.compile_cache} python workflow/scripts/train.py --config {params.config}"
         " --out $(dirname {output.status}) --manifest {input.manifest} {params.teacher} {params.cache} {params.policy}"
-        " --threads {threads}"
+        " --threads {threads} {resources.weights}"
         " --code {resources.code_policy} --attempt {resources.attempt} --attempts 2 {resources.mirror}"
 
 
@@ -72,11 +73,12 @@ rule train_batch:
         code_policy=CAMPAIGN.code,
         mirror=f"--mirror {shlex.quote(str(MIRROR))}" if MIRROR else "",
         compile_cache=compile_cache(),
+        weights=lambda wildcards: weights_flags(asked_batch(wildcards)),
     params:
         configs=lambda wildcards: " ".join(shlex.quote(config.canonical()) for config in asked_batch(wildcards)),
         code=lambda wildcards: [train_code(config.run_id) for config in asked_batch(wildcards)],
     shell:
         "exec env {resources.compile_cache} python workflow/scripts/train_batch.py --configs {params.configs}"
-        " --manifest {input.manifest} --threads {threads}"
+        " --manifest {input.manifest} --threads {threads} {resources.weights}"
         " --code {resources.code_policy} --attempt {resources.attempt} --attempts 2 {resources.mirror}"
         " --out {output} --log {log}"

@@ -237,6 +237,22 @@ def test_parts_of_a_campaign_name_its_runs_and_one_teacher():
     assert ids([3]) == ids([3], seed=3) and ids([3]) | ids([4]) != ids([3, 4])
 
 
+@pytest.mark.parametrize(
+    ("weights", "unkept"),
+    [
+        ("all", set()),
+        ("full", {"probe", "isolate", "screen", "ce_screen", "control_random"}),
+        ("teachers", {"ce", "ce_screen", "probe", "isolate", "screen", "kd"}),
+    ],
+)
+def test_whose_weights_are_kept(weights, unkept):
+    config = campaign.load(merged("tests/tiny.yaml", {"weights": weights}), ROOT)
+    runs = [run for run in expand_all(config) if weights == "full" or not run.arm.startswith("control_")]
+    arms = {run.run_id: {other.arm for other in runs if other.run_id == run.run_id} for run in runs}
+    assert {"ce", "ce_screen"} in arms.values()  # of which the one keeps what the other would not
+    assert expansion.without_weights(config, runs) == {run_id for run_id, those in arms.items() if those <= unkept}
+
+
 def test_a_grown_student_needs_candidates_that_fit_into_it():
     with pytest.raises(ConfigError, match="controls.growth: True is not allowed.*L1-H2-D32-26 is none"):
         campaign.load(merged({"device": "cpu", "controls": {"growth": True}}), ROOT)

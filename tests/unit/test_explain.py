@@ -170,7 +170,7 @@ def test_a_key_of_a_lists_entries(capsys, name):
         ("kd.stop_margin.x", "kd.stop_margin.x: unknown key; nearest: kd.stop_margin"),
         (
             "zzz",
-            "zzz: unknown key; the top level has: campaign, device, code, paths, cluster, data, student, train, optim",
+            "zzz: unknown key; the top level has: campaign, device, code, weights, paths, cluster, data, student",
         ),
     ],
 )

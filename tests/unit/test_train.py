@@ -77,6 +77,27 @@ def test_a_run_leaves_its_artifacts(kd_run, teacher_folder):
     assert float(vals[0]["val_loss"]) == pytest.approx(math.log(384), abs=0.05)  # an untrained student guesses
 
 
+def test_a_run_whose_weights_nobody_wants_keeps_none_until_somebody_does(tiny_runs, train, tmp_path):
+    probe, student = (pick(tiny_runs, arm) for arm in ("probe", "ce"))
+    _, whole = train(probe, tmp_path / "whole")
+
+    def ran(**options):
+        code, out = train(probe, tmp_path, **options)
+        attempts = int((out / ".state/attempts").read_text())
+        return code, attempts, sorted(path.name for path in (out / "checkpoints").iterdir())
+
+    both = ["model.json", "model.safetensors"]
+    assert ran(weights=False) == (0, 1, [])
+    folder = tmp_path / probe.run_id
+    assert (folder / "steps.csv").read_bytes() == (whole / "steps.csv").read_bytes()
+    grown = dataclasses.replace(student, grown_from=probe.run_id)
+    with pytest.raises(ValueError, match=f"`weights` kept none of it: .*retry --run {probe.run_id}"):
+        train(grown, tmp_path / "grown", folder / "checkpoints")
+    assert ran(weights=False) == (0, 1, [])  # brought back
+    assert ran() == (0, 2, both)
+    assert ran(weights=False) == (0, 2, both)  # what is there stays
+
+
 def test_first_log_line_reproduces_the_run_without_torchs_compiler(kd_run, manifest, teacher_folder, tmp_path):
     """A CPU has no use for that, and its import takes a second and a half."""
     command = (kd_run / "train.log").read_text().splitlines()[0]

@@ -19,9 +19,9 @@ SCRIPT = ROOT / "workflow/scripts/train_batch.py"
 
 @pytest.fixture
 def batch(tmp_path, manifest):
-    """batch.start(configs) -> a process that trains them under tmp_path; its CSV, its log and the runs' folders."""
+    """batch.start(configs, *flags) -> a process that trains them under tmp_path; its CSV, log and the runs' folders."""
 
-    def start(configs):
+    def start(configs, *flags):
         command = [
             sys.executable,
             SCRIPT,
@@ -34,7 +34,7 @@ def batch(tmp_path, manifest):
             "--log",
             made.log,
         ]
-        command += ["--configs", *(config.canonical() for config in configs)]
+        command += ["--configs", *(config.canonical() for config in configs), *flags]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         return subprocess.Popen(
             command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -73,12 +73,15 @@ def wait_until(found):
 
 
 def test_runs_that_share_a_job_are_as_they_are_alone(batch, probes, train, tmp_path):
-    said = end(batch.start(probes), 0)
+    said = end(batch.start(probes, "--no-weights", probes[-1].run_id), 0)
     with batch.csv.open(newline="") as file:
         assert [*csv.DictReader(file)] == [{"run_id": config.run_id, "status": "ok"} for config in probes]
     for config in probes:
         _, alone = train(config, tmp_path / "alone")
-        for name in ("steps.csv", "val.csv", "summary.csv", "checkpoints/model.safetensors"):
+        weights = ["checkpoints/model.safetensors"]
+        if config is probes[-1]:
+            assert not (batch.runs / config.run_id / weights.pop()).exists()
+        for name in ("steps.csv", "val.csv", "summary.csv", *weights):
             assert (batch.runs / config.run_id / name).read_bytes() == (alone / name).read_bytes(), name
         assert f"{config.run_id}: step 5/5 val_loss" in said
     begun = [f"{config.run_id}: begun; its log is results/runs/{config.run_id}/train.log" for config in probes]

@@ -353,7 +353,7 @@ def test_a_projected_budget_is_set_from_the_runs_that_are_there(changed):
     """Of 150 steps, from two runs of 75 and their two stages."""
     arguments = ["results/longer/budget.json", *overlay(changed, "longer", campaign="longer", budget={"horizon": 150})]
     before = changed.attempts()
-    changed.run(*arguments)
+    assert "kdclimb: done; results/longer/ has what was asked for, no report yet" in changed.run(*arguments)
     assert changed.attempts() == before
     measured, found = (json.loads((changed.path / f"results/{c}/budget.json").read_text()) for c in ("tiny", "longer"))
     assert (measured["horizon"], measured["projected_from"]) == (75, None)

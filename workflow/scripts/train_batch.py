@@ -24,6 +24,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--configs", nargs="+", required=True, help="the runs' configs, as JSON")
 for flag in PASSED_ON:
     parser.add_argument(f"--{flag}", help="as for train.py")
+parser.add_argument("--no-weights", nargs="+", default=[], metavar="RUN", help="ids of those runs that keep none")
 parser.add_argument("--out", type=Path, required=True, help="CSV of the runs and how they ended")
 parser.add_argument("--log", type=Path, required=True, help="which runs were begun, and errors")
 
@@ -39,7 +40,8 @@ def flags(config: RunConfig, text: str, args: argparse.Namespace) -> list[str]:
         given["cache"] = f"results/caches/{config.kd.cache}"
     if config.lr_policy is not None:
         given["policy"] = runs / config.lr_policy.run / "summary.csv"
-    return [str(word) for name, value in given.items() if value is not None for word in (f"--{name}", value)]
+    words = [str(word) for name, value in given.items() if value is not None for word in (f"--{name}", value)]
+    return words + ["--no-weights"] * (config.run_id in args.no_weights)
 
 
 def child(arguments: list[str], name: str, log: Path) -> None:
