@@ -27,7 +27,7 @@ from kdclimb.config import (
     short_hash,
     shown,
 )
-from kdclimb.expansion import Expansion, contains, expand, extended
+from kdclimb.expansion import Expansion, contains, expand, extended, smaller_batches
 from kdclimb.imported import COMMAND, read_config
 from kdclimb.schedule import total_tokens
 from kdclimb.sections import Campaign, DataSection
@@ -165,6 +165,13 @@ def _check_shapes(campaign: Campaign) -> None:
             list(grid.drop_frac),
             f"above every {name}.hold_frac ({list(grid.hold_frac)})",
         )
+    share, micro = campaign.controls.smaller_batches, train.micro_batch_tokens
+    require(
+        all(share * tokens % micro == 0 and share * tokens >= micro for tokens in train.batch_tokens if share),
+        "controls.smaller_batches",
+        share,
+        f"0, or a share that makes multiples of train.micro_batch_tokens ({micro:,}) of {list(train.batch_tokens)}",
+    )
     make, growth = Expansion(campaign, "unprepared"), campaign.controls.growth
     for candidate in campaign.teacher.candidates if growth else ():
         student = make.student()
@@ -288,14 +295,16 @@ def data_id(campaign: Campaign, root: Path) -> str:
 
 
 def token_needs(campaign: Campaign) -> supply.Needs:
-    """What the campaign asks of its data: no run is longer than CE, CE with extra steps and the candidates in full."""
+    """What the campaign asks of its data: the longest of CE, its two controls of more steps and the candidates."""
     train, longest = campaign.train, {}
     everyone = {"projected": {"survivors": [c.name for c in campaign.teacher.candidates]}}
     whole = {"train_time_ms": campaign.budget.fraction, "budget_ms": campaign.budget.fraction}  # a teacher's, at most
-    for run in expand(campaign, everyone) + extended(campaign, whole):
+    for run in expand(campaign, everyone) + smaller_batches(campaign) + extended(campaign, whole):
         schedule = run.config.schedule
         tokens = total_tokens(schedule, schedule.stop_step)
         what, key = (run.label, "train.horizons") if run.arm == "ce" else (f"teacher {run.label}", "teacher.candidates")
+        if run.arm == "control_batch":
+            what, key = f"CE in {run.label}", "train.horizons (controls.smaller_batches may round the last up)"
         if run.arm == "control_extra":
             what, key = f"CE with {run.label}", "train.horizons (controls.extra_steps adds to the last)"
         found = supply.Longest(what, key, run.config.seed, tokens)

@@ -53,9 +53,10 @@ def expand(campaign: Campaign, decisions: dict, data: str = "unprepared") -> lis
     """Every run that the campaign names, given the decisions taken so far. Pure.
 
     Arms, in order: ce, ce_screen, ngram, probe; teacher (needs `projected`); isolate, screen (need `selected`); kd,
-    control_boost, control_random, control_tuned, control_smooth, control_extra, control_growth (need `promoted`). A
-    decision that speaks of something the config no longer holds expands to nothing. Runs that several arms share appear
-    once for each. Teachers that no training makes are not among them: `teacher.imported` and `tables` name them.
+    control_boost, control_random, control_tuned, control_smooth, control_batch, control_extra, control_growth (need
+    `promoted`). A decision that speaks of something the config no longer holds expands to nothing. Runs that several
+    arms share appear once for each. Teachers that no training makes are not among them: `teacher.imported` and `tables`
+    name them.
     """
     return _expand(campaign, decisions, data).runs
 
@@ -83,7 +84,7 @@ def _expand(campaign: Campaign, decisions: dict, data: str) -> _Expanded:
     promoted = set(decisions.get("promoted", {}).get("points", ()))
     if promoted.intersection(point.name for point in grid_points(campaign.kd.grid)):
         arms += runs.promoted(teacher, promoted) + runs.tuned(decisions["promoted"].get("ce_point")) + runs.smoothed()
-        arms += runs.extended(decisions["selected"]) + runs.grown(teacher)
+        arms += runs.smaller_batches() + runs.extended(decisions["selected"]) + runs.grown(teacher)
     return _Expanded(arms, runs.caches)
 
 
@@ -101,6 +102,11 @@ def tables(campaign: Campaign, data: str = "unprepared") -> list[Run]:
 def extended(campaign: Campaign, selected: dict, data: str = "unprepared") -> list[Run]:
     """CE with as many more steps as the teacher's time would give, `selected` being the teacher's decision. Pure."""
     return Expansion(campaign, data).extended(selected)
+
+
+def smaller_batches(campaign: Campaign, data: str = "unprepared") -> list[Run]:
+    """CE in smaller batches, as the config asks for it. Pure."""
+    return Expansion(campaign, data).smaller_batches()
 
 
 def shared_jobs(campaign: Campaign, runs: list[Run]) -> dict[str, list[Run]]:
@@ -460,6 +466,21 @@ class Expansion:
             for seed in self.campaign.train.seeds
         ]
         return runs if weight else []
+
+    def smaller_batches(self) -> list[Run]:
+        """CE in smaller batches, with as many more steps as the same tokens take.
+
+        LRs go by the square root of the batch (Malladi et al. 2022, arXiv 2205.10287).
+        """
+        share, train = self.campaign.controls.smaller_batches, self.campaign.train
+        if not share:
+            return []
+        options = {
+            "horizon": round(self.last / share),
+            "batch_tokens": tuple(round(share * tokens) for tokens in train.batch_tokens),
+            "batch_lr": tuple(math.sqrt(share) * mult for mult in train.batch_lr),
+        }
+        return [self.run("control_batch", f"batches x {share:g}", seed=seed, **options) for seed in train.seeds]
 
     def grown(self, teacher: str) -> list[Run]:
         """CE whose student starts with the teacher's weights: a competitor of KD."""

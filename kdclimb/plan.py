@@ -30,6 +30,7 @@ CONTROL_NAMES = {
     "control_random": "random teacher",
     "control_tuned": "CE at its best point",
     "control_smooth": "label smoothing",
+    "control_batch": "smaller batches",
     "control_extra": "extra steps",
     "control_growth": "grown from the teacher",
 }

@@ -221,6 +221,7 @@ class ControlsSection:
     lr_policy: bool
     growth: bool
     label_smoothing: float
+    smaller_batches: float
     extra_steps: bool
     random_teacher: bool
 

@@ -14,6 +14,7 @@ ALL_ARMS = (
     "control_random",
     "control_tuned",
     "control_smooth",
+    "control_batch",
     "control_extra",
     "control_growth",
     "log",

@@ -184,7 +184,15 @@ rule kd_full:
         "python workflow/scripts/kd_full.py {params.runs} --target {input.target} --out {output} > {log} 2>&1"
 
 
-CONTROLS = ("control_boost", "control_random", "control_tuned", "control_smooth", "control_extra", "control_growth")
+CONTROLS = (
+    "control_boost",
+    "control_random",
+    "control_tuned",
+    "control_smooth",
+    "control_batch",
+    "control_extra",
+    "control_growth",
+)
 
 
 rule controls:

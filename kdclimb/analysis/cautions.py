@@ -15,6 +15,7 @@ CONTROLS = {
     "control_tuned": "CE tuned like KD",
     "control_random": "KD from a random teacher",
     "control_smooth": "CE with label smoothing",
+    "control_batch": "CE in smaller batches",
     "control_extra": "CE with the teacher's time in steps",
 }
 JUDGED = ("ce", "kd", *CONTROLS)

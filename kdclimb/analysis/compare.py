@@ -44,7 +44,7 @@ CURVE_COLUMNS = tuple(
     "arm label run_id seed horizon step tokens train_time_ms val_loss kd_active teacher_kl time_with_teacher_ms".split()
 )
 COMPARED_ARMS = tuple(
-    "ce kd ngram control_boost control_tuned control_smooth control_extra control_growth "
+    "ce kd ngram control_boost control_tuned control_smooth control_batch control_extra control_growth "
     "screen control_random log".split()
 )
 JUDGED_ARMS = tuple(arm for arm in COMPARED_ARMS if arm not in ("screen", "control_random", "log"))

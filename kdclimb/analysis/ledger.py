@@ -31,6 +31,7 @@ MODES = {
     "control_random": "kd_random_teacher",
     "control_tuned": "ce_tuned",
     "control_smooth": "ce_label_smoothing",
+    "control_batch": "ce_smaller_batches",
     "control_extra": "ce_extra_steps",
     "control_growth": "ce_grown",
     "log": "imported_log",

@@ -23,6 +23,7 @@ ARM_STYLE = {  # arm: (name, colour, line style)
     "control_tuned": ("CE, tuned", "ce", "--"),
     "control_random": ("KD, random teacher", "random", "-."),
     "control_smooth": ("CE, label smoothing", "muted", "--"),
+    "control_batch": ("CE, smaller batches", "boost", ":"),
     "control_extra": ("CE, teacher's time in steps", "ink", ":"),
     "control_growth": ("CE, grown", "muted", ":"),
     "log": ("imported log", "muted", "-."),

@@ -91,9 +91,9 @@ def find(rows: list[dict], **asked) -> dict | None:
     return next((row for row in rows if all(row[key] == value for key, value in asked.items())), None)
 
 
-def against_extra(rows: list[dict], point: str | None) -> dict | None:
-    """The judged point's final loss against that of CE with the teacher's time in steps."""
-    return find(rows, measure="final", arm="kd", label=point, against="control_extra")
+def at_the_end(rows: list[dict], point: str | None, control: str) -> dict | None:
+    """The judged point's final loss against that of a control whose steps are others than KD's."""
+    return find(rows, measure="final", arm="kd", label=point, against=control)
 
 
 def headline(rows: list[dict], point: str | None) -> dict:

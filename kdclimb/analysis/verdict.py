@@ -15,6 +15,10 @@ CONTROL_NAMES = {
     "control_tuned": "CE as tuned as KD",
     "control_smooth": "CE with label smoothing",
 }
+LONGER = {  # controls of more steps than KD's, compared by their end
+    "control_batch": "CE in smaller batches on as many tokens",
+    "control_extra": "CE with the teacher's time in further steps",
+}
 TIMES = "times only: "  # before a doubt that steps and tokens don't share
 SAVINGS = {  # what is saved: the column that it is a difference of
     "steps_saved": "steps_to_target",
@@ -119,9 +123,9 @@ def verdict(
     result["steps_saved_horizon_mean"] = horizon["saved_mean"] if horizon else None
     boosted = [row for row in rows if row["arm"] == "control_boost" and points and row["label"] == point]
     result["control_boost_steps_saved_mean"] = mean(row["steps_saved"] for row in boosted)
-    extra = tests.against_extra(tested, point)
+    ends = [_end_part(tests.at_the_end(tested, point, arm), name) for arm, name in LONGER.items()]
     sentence = _no_comparison(promoted, pairs) or _sentence(result, head, pairs, target)
-    result["sentence"] = " ".join(part for part in (sentence, _extra_part(extra), _projected_part(budget)) if part)
+    result["sentence"] = " ".join(part for part in (sentence, *ends, _projected_part(budget)) if part)
     return result
 
 
@@ -247,13 +251,13 @@ def _horizon_part(row: dict | None) -> str:
     return f"By the shortest complete horizon that ends at the target, KD {said}: {tests.describe(row)}."
 
 
-def _extra_part(row: dict | None) -> str:
-    """KD's end against that of CE which was given the teacher's time."""
+def _end_part(row: dict | None, name: str) -> str:
+    """KD's end against that of the control of this name."""
     if row is None or row["saved_mean"] is None:
         return ""
     nats = f"{abs(row['saved_mean']):.4f} nats {'below' if row['saved_mean'] > 0 else 'above'}"
     sure = {"": "too few seeds to judge"}.get(row["outcome"], row["outcome"])
-    return f"At the end KD is {nats} CE with the teacher's time in further steps ({sure})."
+    return f"At the end KD is {nats} {name} ({sure})."
 
 
 def _projected_part(budget: dict) -> str:

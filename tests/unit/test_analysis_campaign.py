@@ -112,6 +112,21 @@ def test_a_projected_budget_is_called_so_wherever_it_is_said(campaign, tmp_path)
         assert text in page, text
 
 
+def test_ce_in_smaller_batches_is_compared_by_its_end(campaign, tmp_path):
+    """600 steps of 0.006 nats each in place of 300, so that it ends at 2.4."""
+    other = SyntheticCampaign(tmp_path, controls={"smaller_batches": 0.5})
+    other.run_all()
+    batch = [row for row in read_rows(other.path("tables/compare.csv")) if row["arm"] == "control_batch"]
+    assert [(row["horizon"], float(row["final_val"])) for row in batch] == [("600", pytest.approx(2.4))] * 3
+    tested = [row for row in read_rows(other.path("tables/verdict.csv")) if row["against"] == "control_batch"]
+    assert {(row["arm"], row["measure"]) for row in tested} == {("kd", "final")}
+    ours, found = (c.json("verdict.json") for c in (campaign, other))
+    words = "At the end KD is 1.2000 nats below CE in smaller batches on as many tokens"
+    assert words in found["sentence"] and "smaller batches" not in ours["sentence"]
+    assert found | {"sentence": ""} == ours | {"sentence": ""}  # it explains no steps saved
+    assert "CE, smaller batches" in page_of(other) and "ce_smaller_batches" in words_of(page_of(other))
+
+
 def test_tables_cover_every_run_of_every_arm(campaign):
     runs = read_rows(campaign.path("tables/runs.csv"))
     assert [(row["arm"], row["label"], row["run_id"]) for row in runs] == [

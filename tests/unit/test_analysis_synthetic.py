@@ -190,6 +190,7 @@ FALL = {
     "kd": 0.016,
 }
 FALL |= {"control_boost": 0.011, "control_random": 0.004, "control_smooth": 0.010, "control_extra": 0.0095}
+FALL |= {"control_batch": 0.006}
 STEP_MS = {"probe": 1.0, "teacher": 1.0, "isolate": 11.0, "screen": 12.0, "kd": 12.0, "control_random": 12.0}
 
 
@@ -306,7 +307,8 @@ class SyntheticCampaign:
         screens = "--screen", p("kd/screen.csv"), "--ce-screen", p("ce/screen.csv")
         self.script("kd_promote", *screens, "--promote", "1", "--out", p("kd/promoted.json"))
         self.script("kd_full", *self.flags("kd"), *target, "--out", p("kd/full.csv"))
-        controls = self.flags("control_boost", "control_random", "control_smooth", "control_extra")
+        arms = ("boost", "random", "smooth", "batch", "extra")
+        controls = self.flags(*(f"control_{arm}" for arm in arms))
         self.script("controls", *controls, *target, "--out", p("controls.csv"))
 
     def profile(self):

@@ -160,6 +160,23 @@ def test_without_a_teacher_there_is_no_kd(tiny, decided):
     assert set(arms(expansion.expand(tiny, decided))) == {"ce", "ce_screen", "probe"}
 
 
+def test_smaller_batches_are_of_as_many_tokens():
+    batches = {"batch_tokens": [256, 512], "batch_lr": [1.0, 1.2], "micro_batch_tokens": 128}
+    overlay = {"train": batches | {"horizons": [50, 75]}, "controls": {"smaller_batches": 0.5}}
+    runs = expand_all(campaign.load(merged("tests/tiny.yaml", overlay), ROOT))
+    ce = next(r.config.schedule for r in runs if r.arm == "ce" and r.config.schedule.horizon == 75)
+    smaller = [r.config for r in runs if r.arm == "control_batch"]
+    assert [config.seed for config in smaller] == [0, 1] and {config.kd for config in smaller} == {None}
+    schedule = smaller[0].schedule
+    assert (schedule.horizon, schedule.batch_tokens) == (150, (128, 256))
+    assert schedule.batch_lr == pytest.approx((0.5**0.5, 1.2 * 0.5**0.5))
+    assert total_tokens(schedule, 150) == pytest.approx(total_tokens(ce, 75), abs=256)
+    for wrong in (0.25, 0.3):
+        overlay["controls"]["smaller_batches"] = wrong
+        with pytest.raises(ConfigError, match=f"controls.smaller_batches: {wrong} .*train.micro_batch_tokens .128"):
+            campaign.load(merged("tests/tiny.yaml", overlay), ROOT)
+
+
 def test_extra_steps_are_worth_the_teachers_time(tiny):
     """A teacher of 60 % of a budget of 10 %: CE goes on for 6 % of its longest horizon, 75 steps."""
     name = tiny.teacher.candidates[0].name

@@ -231,11 +231,12 @@
 
   // ---- the charts: each returns [traces, layout]
 
-  const AT_HORIZON = ["ce", "kd", "ngram", "control_boost", "control_smooth", "log", "control_extra"];
+  const LONGER = ["control_batch", "control_extra"];
+  const AT_HORIZON = ["ce", "kd", "ngram", "control_boost", "control_smooth", "log", ...LONGER];
 
-  // Of these arms, the runs at the chosen horizon; CE with the teacher's time in steps has one of its own.
+  // Of these arms, the runs at the chosen horizon; controls of more steps than KD's have one of their own.
   function idsAtHorizon(arms = AT_HORIZON) {
-    const mine = [...runs.values()].filter((row) => row.horizon === state.horizon || row.arm === "control_extra");
+    const mine = [...runs.values()].filter((row) => row.horizon === state.horizon || LONGER.includes(row.arm));
     return arms.flatMap((arm) => mine.filter((row) => row.arm === arm).map((row) => row.run_id));
   }
 
@@ -251,7 +252,8 @@
         state.y === "val_loss" ? { mode: "lines+markers" } : {},
       ),
     );
-    for (const trace of lines) if (trace.name === escaped(data.arms.control_extra.name)) trace.visible = "legendonly";
+    const longer = LONGER.map((arm) => escaped(data.arms[arm].name));
+    for (const trace of lines) if (longer.includes(trace.name)) trace.visible = "legendonly";
     const kd = ids.filter((id) => runs.get(id).arm === "kd");
     const strip = kd.length ? phaseStrip(kd[0], state.x) : { shapes: [], annotations: [] };
     const words = joined(targetLines(), strip);
