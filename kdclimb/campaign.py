@@ -27,7 +27,7 @@ from kdclimb.config import (
     short_hash,
     shown,
 )
-from kdclimb.expansion import Expansion, contains, expand, extended, smaller_batches
+from kdclimb.expansion import Expansion, contains, expand
 from kdclimb.imported import COMMAND, read_config
 from kdclimb.schedule import total_tokens
 from kdclimb.sections import Campaign, DataSection
@@ -136,6 +136,32 @@ def _check_shapes(campaign: Campaign) -> None:
         kinds,
         f"each kind in one group, and all of {', '.join(ADAM_KINDS)}",
     )
+    _check_candidates(campaign)
+    for name, grid in (("kd.grid", kd.grid), ("controls.ce_grid", campaign.controls.ce_grid)):
+        require(
+            max(grid.hold_frac) < min(grid.drop_frac),
+            f"{name}.drop_frac",
+            list(grid.drop_frac),
+            f"above every {name}.hold_frac ({list(grid.hold_frac)})",
+        )
+    _check_controls(campaign)
+    require(
+        kd.screen_seed not in train.seeds,
+        "kd.screen_seed",
+        kd.screen_seed,
+        f"none of train.seeds {list(train.seeds)}, which judge what the screen chose",
+    )
+    require(
+        kd.isolate_steps <= train.horizons[0],
+        "kd.isolate_steps",
+        kd.isolate_steps,
+        f"at most the first horizon ({train.horizons[0]})",
+    )
+    expand(campaign, {})  # constructs, and so checks, every shape
+
+
+def _check_candidates(campaign: Campaign) -> None:
+    train = campaign.train
     for i, candidate in enumerate(campaign.teacher.candidates):
         require(
             candidate.steps > campaign.teacher.probe_steps,
@@ -158,16 +184,13 @@ def _check_shapes(campaign: Campaign) -> None:
                 tokens,
                 f"multiples of train.micro_batch_tokens ({train.micro_batch_tokens})",
             )
-    for name, grid in (("kd.grid", kd.grid), ("controls.ce_grid", campaign.controls.ce_grid)):
-        require(
-            max(grid.hold_frac) < min(grid.drop_frac),
-            f"{name}.drop_frac",
-            list(grid.drop_frac),
-            f"above every {name}.hold_frac ({list(grid.hold_frac)})",
-        )
-    share, micro = campaign.controls.smaller_batches, train.micro_batch_tokens
+
+
+def _check_controls(campaign: Campaign) -> None:
+    train, share = campaign.train, campaign.controls.smaller_batches
+    micro = train.micro_batch_tokens
     require(
-        all(share * tokens % micro == 0 and share * tokens >= micro for tokens in train.batch_tokens if share),
+        all(share * tokens % micro == 0 for tokens in train.batch_tokens),
         "controls.smaller_batches",
         share,
         f"0, or a share that makes multiples of train.micro_batch_tokens ({micro:,}) of {list(train.batch_tokens)}",
@@ -183,19 +206,6 @@ def _check_shapes(campaign: Campaign) -> None:
             f"at most its {student.num_layers} layers, of these none without attention, teacher.value_layers among "
             f"the student's, and none imported ({candidate.name} is none)",
         )
-    require(
-        kd.screen_seed not in train.seeds,
-        "kd.screen_seed",
-        kd.screen_seed,
-        f"none of train.seeds {list(train.seeds)}, which judge what the screen chose",
-    )
-    require(
-        kd.isolate_steps <= train.horizons[0],
-        "kd.isolate_steps",
-        kd.isolate_steps,
-        f"at most the first horizon ({train.horizons[0]})",
-    )
-    expand(campaign, {})  # constructs, and so checks, every shape
 
 
 def mirror_root(campaign: Campaign, root: Path) -> Path | None:
@@ -299,7 +309,8 @@ def token_needs(campaign: Campaign) -> supply.Needs:
     train, longest = campaign.train, {}
     everyone = {"projected": {"survivors": [c.name for c in campaign.teacher.candidates]}}
     whole = {"train_time_ms": campaign.budget.fraction, "budget_ms": campaign.budget.fraction}  # a teacher's, at most
-    for run in expand(campaign, everyone) + smaller_batches(campaign) + extended(campaign, whole):
+    make = Expansion(campaign, "unprepared")
+    for run in expand(campaign, everyone) + make.smaller_batches() + make.extended(whole):
         schedule = run.config.schedule
         tokens = total_tokens(schedule, schedule.stop_step)
         what, key = (run.label, "train.horizons") if run.arm == "ce" else (f"teacher {run.label}", "teacher.candidates")

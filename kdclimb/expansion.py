@@ -29,7 +29,7 @@ from kdclimb.schedule import kd_tokens, total_tokens
 from kdclimb.sections import Campaign, Candidate, CEGridSection, GridSection, KDSection
 
 MOST_RUNS = 24  # of a job: their configs are one argument of its command, which Linux ends at 128 KiB
-UNKEPT = {  # arms whose runs leave no weights, by `weights`
+UNKEPT = {  # arms whose runs leave no weights, by `weights`; under `teachers` all but theirs
     "all": (),
     "full": ("probe", "isolate", "screen", "ce_screen", "control_random"),
 }
@@ -97,16 +97,6 @@ def without_weights(campaign: Campaign, runs: list[Run]) -> set[str]:
 def tables(campaign: Campaign, data: str = "unprepared") -> list[Run]:
     """The n-gram teachers of the arm `ngram`, which are counted, not trained. Pure."""
     return Expansion(campaign, data).tables()
-
-
-def extended(campaign: Campaign, selected: dict, data: str = "unprepared") -> list[Run]:
-    """CE with as many more steps as the teacher's time would give, `selected` being the teacher's decision. Pure."""
-    return Expansion(campaign, data).extended(selected)
-
-
-def smaller_batches(campaign: Campaign, data: str = "unprepared") -> list[Run]:
-    """CE in smaller batches, as the config asks for it. Pure."""
-    return Expansion(campaign, data).smaller_batches()
 
 
 def shared_jobs(campaign: Campaign, runs: list[Run]) -> dict[str, list[Run]]:
@@ -490,7 +480,7 @@ class Expansion:
         return [self.run("control_growth", "grown", seed=seed, **options) for seed in self.campaign.train.seeds]
 
     def extended(self, selected: dict) -> list[Run]:
-        """CE whose horizon is longer by as many steps as CE makes in the time that the teacher took."""
+        """CE with as many more steps as it makes in the teacher's time; `selected` is the decision for that teacher."""
         if not self.campaign.controls.extra_steps:
             return []
         ce_ms = selected["budget_ms"] / self.campaign.budget.fraction

@@ -192,7 +192,7 @@ def test_extra_steps_are_worth_the_teachers_time(tiny):
 def test_extra_steps_are_worth_the_teachers_time_under_a_projected_budget_too():
     """The same teacher, of a budget that is of 750 steps: CE goes on for 6 % of these."""
     config = campaign.load(merged("tests/tiny.yaml", {"budget": {"horizon": 750}}), ROOT)
-    runs = expansion.extended(config, {"train_time_ms": 600.0, "budget_ms": 1000.0})
+    runs = expansion.Expansion(config, "unprepared").extended({"train_time_ms": 600.0, "budget_ms": 1000.0})
     assert {(r.label, r.config.schedule.horizon) for r in runs} == {("45 more steps", 120)}
 
 

@@ -77,6 +77,18 @@ def test_a_run_leaves_its_artifacts(kd_run, teacher_folder):
     assert float(vals[0]["val_loss"]) == pytest.approx(math.log(384), abs=0.05)  # an untrained student guesses
 
 
+def test_the_time_of_a_part_is_without_that_of_the_parts_within_it(monkeypatch):
+    readings = iter([0.0, 1.0, 3.0, 10.0, 20.0, 25.0])
+    monkeypatch.setattr(run_module.time, "perf_counter", lambda: next(readings))
+    attempt = SimpleNamespace(wall={}, nested=0.0)
+    part = functools.partial(run_module._Attempt._part, attempt)
+    with part("training"), part("checkpoints"):
+        pass
+    with part("checkpoints"):
+        pass
+    assert attempt.wall == {"training": 8.0, "checkpoints": 7.0}
+
+
 def test_a_run_whose_weights_nobody_wants_keeps_none_until_somebody_does(tiny_runs, train, tmp_path):
     probe, student = (pick(tiny_runs, arm) for arm in ("probe", "ce"))
     _, whole = train(probe, tmp_path / "whole")
@@ -465,6 +477,8 @@ def test_a_finished_run_leaves_the_device_however_it_ends(tiny_runs, train, tmp_
         raise error
 
     monkeypatch.setattr(Trainer, "train_step", fail)
+    # of its own, since a campaign beside the tests holds the machine's
+    monkeypatch.setattr(run_module.DeviceLease.__init__.__globals__["tempfile"], "gettempdir", lambda: str(tmp_path))
     _, out = train(pick(tiny_runs, "ce"), tmp_path)
     with run_module.DeviceLease(json.loads((out / "status.json").read_text())["device"]) as lease:
         assert not lease.refused

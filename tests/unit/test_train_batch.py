@@ -78,10 +78,9 @@ def test_runs_that_share_a_job_are_as_they_are_alone(batch, probes, train, tmp_p
         assert [*csv.DictReader(file)] == [{"run_id": config.run_id, "status": "ok"} for config in probes]
     for config in probes:
         _, alone = train(config, tmp_path / "alone")
-        weights = ["checkpoints/model.safetensors"]
-        if config is probes[-1]:
-            assert not (batch.runs / config.run_id / weights.pop()).exists()
-        for name in ("steps.csv", "val.csv", "summary.csv", *weights):
+        weights, kept = "checkpoints/model.safetensors", config is not probes[-1]
+        assert (batch.runs / config.run_id / weights).is_file() == kept
+        for name in ("steps.csv", "val.csv", "summary.csv", *[weights] * kept):
             assert (batch.runs / config.run_id / name).read_bytes() == (alone / name).read_bytes(), name
         assert f"{config.run_id}: step 5/5 val_loss" in said
     begun = [f"{config.run_id}: begun; its log is results/runs/{config.run_id}/train.log" for config in probes]

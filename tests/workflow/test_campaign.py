@@ -52,6 +52,11 @@ def test_every_stage_leaves_its_result(finished):
         *("control_boost", "control_random", "control_tuned", "control_smooth", "control_extra"),
     }
     assert {r["status"] for r in runs} == {"ok"}
+    kept = {
+        r["run_id"] for r in runs if (finished.path / f"results/runs/{r['run_id']}/checkpoints/model.json").is_file()
+    }
+    short = ("ce_screen", "probe", "isolate", "screen", "control_random")
+    assert kept == {r["run_id"] for r in runs if r["arm"] not in short}  # weights: full
 
 
 def test_the_budget_is_a_tenth_of_the_median_ce_time_at_the_longest_horizon(finished):
