@@ -86,3 +86,9 @@ def test_the_table_pairs_seeds(tmp_path):
     ]
     with pytest.raises(SystemExit, match="no run with all parts"):
         ablate.table(run("skip", "0", [3.9], 9.0))
+
+
+def test_the_methods_have_the_table_of_the_record():
+    """docs/METHODS.md states numbers that a file holds, since readers look for them there: they are that file's."""
+    rows = read_rows(ablate.ROOT / "docs/records/bench/ablation.csv")
+    assert ablate.table(rows) in (ablate.ROOT / "docs/METHODS.md").read_text()
