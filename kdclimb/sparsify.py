@@ -13,22 +13,20 @@ from torch import Tensor
 
 from kdclimb.kernels import DenseTeacher, Softcap, SparseTeacher
 from kdclimb.kernels.chunked import LOGITS_MIB, chunk_tokens
+from kdclimb.kernels.draws import capped, draw
 
 GATES = ("none", "teacher_better", "student_entropy")
 
 
 @torch.no_grad()
-def over_logits(hidden: Tensor, head: Tensor, softcap: Softcap | None, each: Callable) -> tuple[Tensor, ...]:
-    """The results of each(capped logits (t, V) fp32, rows), chunk by chunk, put together along the first dimension."""
+def over_logits(hidden: Tensor, head: Tensor, each: Callable) -> tuple[Tensor, ...]:
+    """The results of each(logits (t, V) in `hidden`'s dtype, rows), chunk by chunk, put together along dimension 0."""
     weight = head.to(hidden.dtype).T
     size = chunk_tokens(len(hidden), len(head), 4, LOGITS_MIB[hidden.device.type])
     parts = []
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
-        logits = (hidden[rows] @ weight).float()
-        if softcap is not None:
-            logits = softcap.a * torch.sigmoid((logits + softcap.b) / softcap.c)
-        parts.append(each(logits, rows))
+        parts.append(each(hidden[rows] @ weight, rows))
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
@@ -36,10 +34,11 @@ def top_k(target: DenseTeacher, k: int, temperature: float, tail: str) -> Sparse
     """The k likeliest words of each token, with their log-probabilities over the whole vocabulary."""
 
     def likeliest(logits: Tensor, _) -> tuple[Tensor, Tensor]:
-        values, ids = (logits / temperature).log_softmax(dim=1).topk(min(k, logits.shape[1]), dim=1)
+        log_probs = (capped(logits, target.softcap) / temperature).log_softmax(dim=1)
+        values, ids = log_probs.topk(min(k, logits.shape[1]), dim=1)
         return ids.int(), values
 
-    ids, log_probs = over_logits(target.hidden, target.head, target.softcap, likeliest)
+    ids, log_probs = over_logits(target.hidden, target.head, likeliest)
     return SparseTeacher(ids, log_probs=log_probs, tail=tail)
 
 
@@ -49,17 +48,15 @@ def sample(target: DenseTeacher, draws: int, temperature: float, generator: torc
     """
 
     def drawn(logits: Tensor, _) -> tuple[Tensor, Tensor, Tensor]:
-        log_probs = (logits / temperature).log_softmax(dim=1)
-        probs = log_probs.exp()
-        entropy = -(log_probs.mul_(probs)).sum(dim=1)
-        ids = torch.multinomial(probs, draws, replacement=True, generator=generator).sort(dim=1).values
+        numbers = torch.rand(len(logits), draws, generator=generator, device=logits.device).sort(dim=1).values
+        ids, entropy = draw(logits, target.softcap, temperature, numbers)  # equal words side by side
         new = torch.ones_like(ids, dtype=torch.bool)
         new[:, 1:] = ids[:, 1:] != ids[:, :-1]
         slot = new.cumsum(dim=1) - 1
         counts = torch.zeros_like(ids).scatter_add_(1, slot, torch.ones_like(ids))
         return torch.zeros_like(ids).scatter_(1, slot, ids).int(), counts, entropy
 
-    ids, counts, entropy = over_logits(target.hidden, target.head, target.softcap, drawn)
+    ids, counts, entropy = over_logits(target.hidden, target.head, drawn)
     return SparseTeacher(ids, counts=counts, entropy=entropy)
 
 
@@ -67,19 +64,19 @@ def label_log_probs(hidden: Tensor, head: Tensor, softcap: Softcap | None, label
     """(T,) log-probability of each label at temperature 1."""
 
     def of_labels(logits: Tensor, rows: slice) -> tuple[Tensor]:
-        return (logits.log_softmax(dim=1).gather(1, labels[rows, None])[:, 0],)
+        return (capped(logits, softcap).log_softmax(dim=1).gather(1, labels[rows, None])[:, 0],)
 
-    return over_logits(hidden, head, softcap, of_labels)[0]
+    return over_logits(hidden, head, of_labels)[0]
 
 
 def entropies(hidden: Tensor, head: Tensor, softcap: Softcap | None) -> Tensor:
     """(T,) entropy in nats of each token's distribution at temperature 1."""
 
     def entropy(logits: Tensor, _) -> tuple[Tensor]:
-        log_probs = logits.log_softmax(dim=1)
+        log_probs = capped(logits, softcap).log_softmax(dim=1)
         return (-(log_probs.exp() * log_probs).sum(dim=1),)
 
-    return over_logits(hidden, head, softcap, entropy)[0]
+    return over_logits(hidden, head, entropy)[0]
 
 
 def gate(

@@ -12,6 +12,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -111,20 +112,26 @@ def fill(config: CacheConfig, files: Files, dataset: Dataset, teacher: GPT, stop
     size = config.micro_batch_tokens
     generator = torch.Generator(config.device)
     first = dataset.train_stream(config.seed, config.max_doc_tokens).next_batch(size, config.device)
-    teacher_target(teacher, first)  # compiles outside the clock
+    _values(config, teacher_target(teacher, first), generator)  # compiles outside the clock
     stream = dataset.train_stream(config.seed, config.max_doc_tokens)
     for _ in range(files.done):
         stream.skip_batch(size)
-    saved = time.monotonic()
-    while files.done < config.micro_batches and not stop.asked():
-        begun = time.perf_counter()
-        generator.manual_seed(_seed_of(config, files.done))
-        target = teacher_target(teacher, stream.next_batch(size, config.device))
-        files.append(_values(config, target, generator))
-        files.cost_ms += 1e3 * (time.perf_counter() - begun)
-        if time.monotonic() - saved > SAVE_SECONDS:
-            files.save()
-            saved = time.monotonic()
+    saved, place, written = time.monotonic(), files.done, Future()
+    written.set_result(None)
+    with ThreadPoolExecutor(1) as writer:  # of one micro-batch, while the teacher is at the next
+        while place < config.micro_batches and not stop.asked():
+            begun = time.perf_counter()
+            generator.manual_seed(_seed_of(config, place))
+            target = teacher_target(teacher, stream.next_batch(size, config.device))
+            values = files.on_host(_values(config, target, generator))
+            written.result()
+            written, place = writer.submit(files.append, values), place + 1
+            files.cost_ms += 1e3 * (time.perf_counter() - begun)
+            if time.monotonic() - saved > SAVE_SECONDS:
+                written.result()
+                files.save()
+                saved = time.monotonic()
+        written.result()
 
 
 def _seed_of(config: CacheConfig, place: int) -> int:
@@ -213,10 +220,18 @@ class Files:
         """Bytes that are written."""
         return self.done * sum(map(self._bytes, self.forms))
 
-    def append(self, values: dict[str, Tensor]) -> None:
-        """One micro-batch more."""
+    def on_host(self, values: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        """A micro-batch as it lies in the files."""
+        narrow = {"<u2": torch.int16, "|u1": torch.uint8}  # on the device, so that less is copied; ids wrap around
+        arrays = {}
         for name, tensor in values.items():
-            array = np.ascontiguousarray(tensor.cpu().numpy().astype(self.forms[name][0], copy=False))
+            form = self.forms[name][0]
+            arrays[name] = np.ascontiguousarray(tensor.to(narrow.get(form, tensor.dtype)).cpu().numpy().view(form))
+        return arrays
+
+    def append(self, values: dict[str, np.ndarray]) -> None:
+        """One micro-batch more."""
+        for name, array in values.items():
             with needs_room(self._path(name)):
                 self.open[name].write(array.data)
             self.checksums[name].append(zlib.crc32(array))

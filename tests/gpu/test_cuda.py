@@ -35,6 +35,7 @@ from kdclimb.configfiles import read_config
 from kdclimb.count_ngrams import count, make
 from kdclimb.data import Dataset
 from kdclimb.kernels import DenseTeacher, DynamicNorm, Softcap, distill_loss
+from kdclimb.kernels.draws import draw
 from kdclimb.kernels.mlp import relu2_mlp
 from kdclimb.kernels.rows import add_rows
 from kdclimb.model import GPT
@@ -111,6 +112,17 @@ def test_rows_are_added_as_index_add_does():
     truth = torch.zeros(300, 768, device="cuda", dtype=torch.float64).index_add_(0, places, grad.double())
     plain = torch.zeros_like(ours).index_add_(0, places, grad.float())
     assert error(ours, truth) <= 3 * error(plain, truth)
+
+
+def test_draws_lie_where_their_numbers_are():
+    torch.manual_seed(0)
+    logits = (4 * torch.randn(500, 50304, device="cuda")).bfloat16()
+    numbers = torch.rand(500, 50, device="cuda").sort(dim=1).values
+    words, entropies = draw(logits, CAP, 1.0, numbers)
+    probs = (CAP.a * torch.sigmoid((logits.double() + CAP.b) / CAP.c)).softmax(dim=1)
+    ends = probs.cumsum(dim=1).gather(1, words)
+    assert (ends - probs.gather(1, words) <= numbers + 1e-5).all() and (numbers <= ends + 1e-5).all()
+    torch.testing.assert_close(entropies, torch.special.entr(probs).sum(dim=1).float(), rtol=1e-5, atol=1e-5)
 
 
 def by_size(tensors):
