@@ -7,7 +7,8 @@ Arms: ce; teacher and small, the config's first two candidates, teacher2, teache
 trigram, which are counted; grown:TEACHER, CE that starts with a teacher's weights; KD, TEACHER:F, in the first F of the
 tokens (dense:F from `teacher`). Options after the last two and CE: boost, the LR boost of KD's grid; plain, no bigram
 table in the student; no_mtp, the next token's loss alone; fp8, products of the logits in FP8; long, the first stage's
-batches throughout, and as many more steps as that takes for the same tokens. After KD also: an alpha; norm, the dynamic
+batches throughout, and as many more steps as that takes for the same tokens; half, half of these batches, at sqrt(1/2)
+of the LR; cool, a cooldown over the last three quarters. After KD also: an alpha; norm, the dynamic
 norm; better, on tokens whose label the teacher gives more probability than the student; one, in one micro-batch of each
 step; hidden, top_k or samples, a neural teacher's targets from a cache of these, whose time is counted with the
 teacher's. The run configs are those of the workflow. Only tables are kept, no weights. Runs compare within one block
@@ -20,6 +21,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import os
 import re
 import shutil
 import sys
@@ -43,10 +45,12 @@ from kdclimb.sections import Campaign
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "results/runs"
+THREADS = min(8, len(os.sched_getaffinity(0)))
 CONFIGS = [ROOT / "config/seed155.yaml", ROOT / "config/pilot155.yaml"]
 KEPT = ("config.json", "status.json", "steps.csv", "summary.csv", "train.log", "val.csv")
 BOOST = BoostConfig(2.0, 0.15, 0.30)
-STUDENT_OPTIONS = ("boost", "plain", "no_mtp", "fp8", "long")
+STUDENT_OPTIONS = ("boost", "plain", "no_mtp", "fp8", "long", "half", "cool")
+SCHEDULES = {"fp8": {"head_dtype": "fp8"}, "no_mtp": {"mtp_weights": ((1.0,),)}, "cool": {"cooldown_frac": 0.75}}
 KD_OPTIONS = {
     "norm": {"dynamic_norm": True},
     "better": {"token_gate": "teacher_better"},
@@ -109,7 +113,7 @@ class Block:
         if which in COUNTED:
             (table,) = (t for t in self.make.tables() if t.config.order == (2 if which == "bigram" else 3))
             if not (self.work / table.run_id / "status.json").is_file():
-                count_ngrams.make(table.config, self.work / table.run_id, self.manifest, 8)
+                count_ngrams.make(table.config, self.work / table.run_id, self.manifest, THREADS)
             self.keep(which, table.run_id, None)
             return self.work / table.run_id / "checkpoints"
         place, candidates = TRAINED.index(which), self.campaign.teacher.candidates
@@ -139,9 +143,8 @@ class Block:
             teacher = self.teacher(TEACHERS[kind])
             options |= {"kd": self.kd(teacher.parent.name, words, numbers), "cached": True}
         config = make.run(kind, arm, **options).config  # its id goes by what it trains, not by that name
-        schedule = {"head_dtype": "fp8"} if "fp8" in words else {}
-        schedule |= {"mtp_weights": ((1.0,),)} if "no_mtp" in words else {}
-        config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, **schedule))
+        for word in (word for word in words if word in SCHEDULES):
+            config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, **SCHEDULES[word]))
         cache = self.cache(make.caches[config.kd.cache], teacher) if kinds else None
         self.train(arm, config, teacher, cache)
 
@@ -152,11 +155,11 @@ class Block:
             model = dataclasses.replace(model, bigram_vocab_size=0)
         options = {"horizon": self.make.last, "seed": seed, "model": model}
         options["boost"] = BOOST if "boost" in words else None
-        if "long" in words:
-            stages = len(train.batch_tokens)
+        if "long" in words or "half" in words:
+            share, stages = 1 / 2 if "half" in words else 1, len(train.batch_tokens)
             tokens = total_tokens(self.make.run("ce", "CE", **options).config.schedule)
-            options["horizon"] = tokens // train.batch_tokens[0]
-            options |= {"batch_tokens": train.batch_tokens[:1] * stages, "batch_lr": train.batch_lr[:1] * stages}
+            batch, lr = int(share * train.batch_tokens[0]), share**0.5 * train.batch_lr[0]
+            options |= {"horizon": tokens // batch, "batch_tokens": (batch,) * stages, "batch_lr": (lr,) * stages}
         return options
 
     def kd(self, teacher: str, words: list[str], numbers: list[float]) -> KDConfig:
@@ -172,13 +175,14 @@ class Block:
         out = self.work.parent / "caches" / config.cache_id
         out.parent.mkdir(exist_ok=True)
         if not out.is_dir():
-            write_cache.write(config, out, self.manifest, teacher, 8)
+            write_cache.write(config, out, self.manifest, teacher, THREADS)
         return out
 
     def train(self, arm: str, config: RunConfig, teacher: Path | None, cache: Path | None = None) -> None:
         out = self.work / config.run_id
         out.mkdir(parents=True, exist_ok=True)
-        code = train(config, out, self.manifest, teacher, threads=8, any_code=False, last_attempt=True, cache=cache)
+        inputs = {"cache": cache, "threads": THREADS}
+        code = train(config, out, self.manifest, teacher, any_code=False, last_attempt=True, **inputs)
         if code:
             raise SystemExit(f"{config.run_id}: ended with exit code {code}; see its train.log")
         if arm not in TEACHERS.values():

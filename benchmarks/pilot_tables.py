@@ -15,7 +15,7 @@ from benchmarks.common import read_rows
 from kdclimb.artifacts import write_csv
 from kdclimb.cache import DESCRIPTION
 
-CONTROLS = ("ce", "ce:plain", "ce:no_mtp", "ce:long")
+OF_CONTROLS = {"plain", "no_mtp", "long", "half", "cool"}  # options of CE that make a task of its own
 CONFIDENCE = 0.95
 RUN_COLUMNS = (
     "block arm seed run_id status shared_device teacher teacher_ms steps train_time_ms final_val gain kd_step_share "
@@ -51,10 +51,15 @@ class Run:
         self.control: Run | None = None  # CE of the same block, seed and model
 
     @property
+    def is_control(self) -> bool:
+        kind, *words = self.arm.split(":")
+        return kind == "ce" and OF_CONTROLS.issuperset(words)
+
+    @property
     def task(self) -> tuple:
         """What a run shares with its control; of a teacher, nothing that a control has."""
         schedule = self.config.get("schedule", {})
-        shared = (schedule.get(name) for name in ("horizon", "batch_tokens", "mtp_weights"))
+        shared = (schedule.get(name) for name in ("horizon", "batch_tokens", "mtp_weights", "cooldown_frac"))
         return self.seed, self.config.get("model"), *shared
 
     @property
@@ -120,7 +125,7 @@ def read_block(path: Path) -> list[Run]:
     """The runs of one block, each with its control and its teacher."""
     runs = [Run(path / r["run_id"], r["arm"], r["seed"]) for r in json.loads((path / "block.json").read_text())["runs"]]
     for run in runs:
-        controls = (r for r in runs if r.arm in CONTROLS and r.task == run.task)
+        controls = (r for r in runs if r.is_control and r.task == run.task)
         run.control = next(controls, None)
         source = (run.config.get("kd") or {}).get("teacher") or run.config.get("grown_from")
         if source:

@@ -57,7 +57,8 @@ def test_a_block_of_the_pilot_goes_on_and_its_tables_are_those_of_its_runs(tmp_p
             block("ce:boost", wrong)
     caches = "dense:0.5:norm:samples", "dense:0.5:norm:top_k"
     arms = "dense:0.5:0.7", *caches, "trigram:0.5:norm", "ce:plain", "bigram:0.5:plain", "ce:no_mtp"
-    arms += ("ce:long", "dense:0.5:norm:long", "dense:0.5:norm:one:better:no_mtp:boost")
+    arms += ("ce:long", "dense:0.5:norm:long", "ce:half:cool", "dense:0.5:norm:half:cool")
+    arms += ("dense:0.5:norm:one:better:no_mtp:boost",)
     rows = block("ce", "bigram:0.5", *arms)
     assert rows[:3] == first
     assert [row["arm"] for row in rows[3:] if row["seed"]] == list(arms)
@@ -66,6 +67,8 @@ def test_a_block_of_the_pilot_goes_on_and_its_tables_are_those_of_its_runs(tmp_p
     assert gain["ce"] == gain["ce:plain"] == gain["ce:no_mtp"] == gain["teacher"] == ""
     assert float(gain["dense:0.5:norm:long"]) == loss["ce:long"] - loss["dense:0.5:norm:long"]
     assert {row["steps"] for row in rows if row["arm"].endswith("long")} == {"75"}  # 25 * 256 + 25 * 512 tokens by 256
+    assert {row["steps"] for row in rows if "half" in row["arm"]} == {"150"}
+    assert float(gain["dense:0.5:norm:half:cool"]) == loss["ce:half:cool"] - loss["dense:0.5:norm:half:cool"]
     assert float(gain[arms[-1]]) == loss["ce:no_mtp"] - loss[arms[-1]]
     assert float(gain["bigram:0.5:plain"]) == loss["ce:plain"] - loss["bigram:0.5:plain"]
     assert float(gain["dense:0.5:0.7"]) == loss["ce"] - loss["dense:0.5:0.7"]
