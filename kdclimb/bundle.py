@@ -1,8 +1,8 @@
 """Finished small artifacts in one file, moved from one machine to another.
 
 A bundle is a .zip or a .tar.gz of index.json and files, named by their paths under results/: the campaign's finished
-runs (without weights, unless asked), its own files, and the manifest of its data (never the tokens). An import checks
-everything before it writes anything, and refuses as a whole.
+runs (without weights, unless asked), its own files, and the manifest of its data (never the tokens, nor the teachers'
+targets). An import checks everything before it writes anything, and refuses as a whole.
 
 Snakemake has no record of what comes so, and goes by its age: runs keep their order in time, and count as done. The
 campaign's files are made older than the runs, so that the next ./run makes them anew from these: without a record it
@@ -24,7 +24,7 @@ import tarfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -45,6 +45,7 @@ from kdclimb.sections import Campaign
 
 INDEX, FORMAT = "index.json", 1
 WEIGHTS, MARK = (Path(name).name for name in (selection.WEIGHTS[0], selection.ELSEWHERE))
+ABSENT = "elsewhere"  # in the folder of a cache that is not here
 KINDS = {".zip": b"PK", ".tar.gz": b"\x1f\x8b"}  # how the names end, and how the files start
 NAME = re.compile(r"[^./\\:\x00-\x1f][^/\\:\x00-\x1f]*")  # of a file or folder: not hidden, not .., nothing absolute
 DAMAGE = (
@@ -177,6 +178,7 @@ def import_(file: Path, results: Path, any_code: bool, keep: bool = False) -> st
             _write(archive, entry, results, times[entry.path])
     for run_id in {entry.path.split("/")[1] for entry in todo if entry.path.startswith("runs/")}:
         _settle(results / "runs" / run_id)
+    _stand_in(results, runs)
     for unit in (unit for unit in kept if unit.startswith("runs/")):
         _make_as_old(results / unit, times[f"{unit}/status.json"])
     for path in (entry.path for entry in index.files if entry.path.startswith("data/")):
@@ -226,6 +228,29 @@ def _settle(folder: Path) -> None:
     os.utime(checkpoints, ns=(mtime_ns, mtime_ns))
 
 
+def _stand_in(results: Path, runs: Iterable[str]) -> None:
+    """An empty folder for each cache of targets that isn't here: finished runs read it, so no job may make it again.
+
+    As old as the first of these runs. A training from it refuses it by name.
+    """
+    readers: dict[str, list[int]] = {}
+    for run_id in runs:
+        config = results / "runs" / run_id / "config.json"
+        if (cache := _cache_of(json.loads(config.read_text()))) is not None:
+            readers.setdefault(cache, []).append(config.stat().st_mtime_ns)
+    for cache, times in readers.items():
+        folder = results / "caches" / cache
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            write_text(folder / ABSENT, "bundle import brought runs that read this cache, and not the cache\n")
+            os.utime(folder, ns=(min(times), min(times)))
+
+
+def _cache_of(config: dict) -> str | None:
+    """The cache of a teacher's targets that a run reads, by its config.json."""
+    return (config.get("kd") or {}).get("cache")
+
+
 def _make_as_old(folder: Path, mtime_ns: int) -> None:
     """A run that stays in place of the bundle's becomes as old as that, if it is younger: others were made from it."""
     late = (folder / "status.json").stat().st_mtime_ns - mtime_ns
@@ -250,6 +275,8 @@ def _told(index: Index, results: Path, runs: dict[str, dict], written: int, kept
     bare = [name for name in runs if (results / f"runs/{name}/checkpoints" / MARK).is_file()]
     if bare:
         lines.append(f"{len(bare)} of the runs have no weights here: they count in every table, but can't teach")
+    if gone := len(list(results.glob(f"caches/*/{ABSENT}"))):
+        lines.append(f"{gone} caches of a teacher's targets are not here: to train from one, delete its folder first")
     for manifest in (results / entry.path for entry in index.files if entry.path.startswith("data/")):
         if not _has_tokens(manifest):
             lines.append("no tokens are here; before a training make them, as old as the data of these runs:")
@@ -314,6 +341,9 @@ def _check_contents(archive: _Archive, index: Index) -> tuple[dict[str, dict], d
             raise BundleError(f"{archive.file}: {folder}/config.json: {error}") from error
         if found != run_id:
             raise BundleError(f"{archive.file}: {folder}/config.json: the config of another run, {found}")
+        cache = _cache_of(archive.json(entries[f"{folder}/config.json"]))
+        if cache is not None and not NAME.fullmatch(cache):
+            raise BundleError(f"{archive.file}: {folder}/config.json: kd.cache: {cache!r}: not a name")
         runs[run_id] = archive.json(entries[f"{folder}/status.json"], "status", "code_hash")
         _check_weights(archive, entries, folder, runs[run_id])
     return runs, manifest

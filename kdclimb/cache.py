@@ -44,7 +44,7 @@ class TargetCache:
         Raises ValueError for a cache that is not whole, or is not of this teacher, data, seed and packing.
         """
         if not (folder / DESCRIPTION).is_file():
-            raise ValueError(f"{folder}: no whole cache there; delete the folder and make it again")
+            raise ValueError(f"{folder}: no whole cache there; delete the folder, and ./run makes it again")
         self.folder, self.teacher = folder, teacher
         self.description = read_sealed(folder / DESCRIPTION, "delete the folder, and ./run makes it again")
         self.config = config = build(CacheConfig, self.description["config"])

@@ -80,6 +80,13 @@ class Checkout:
         assert process.returncode == code or (code is None and process.returncode != 0), output
         return output
 
+    def kdclimb(self, *arguments) -> str:
+        """python -m kdclimb with these arguments; what it prints."""
+        command = [".venv/bin/python", "-m", "kdclimb", *map(str, arguments)]
+        done = subprocess.run(command, cwd=self.path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     def run_and_kill(self, seconds: float, *arguments) -> bool:
         """SIGKILL the command (not its children) after `seconds`; False if it had ended before."""
         process = self.start(*arguments)

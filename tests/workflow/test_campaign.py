@@ -12,7 +12,7 @@ import pytest
 import seed_checkpoints
 import torch
 import yaml
-from checkouts import ROOT, SMALL, TINY, jobs, overlay, trains
+from checkouts import ROOT, SMALL, TINY, Checkout, jobs, overlay, trains
 
 from kdclimb.artifacts import publish
 
@@ -157,7 +157,7 @@ def test_kd_from_ngrams_is_an_arm_beside_the_sweep(changed):
     assert "Nothing to be done" in changed.run("-n", *arguments)
 
 
-def test_kd_from_a_cache_that_its_runs_share(changed):
+def test_kd_from_a_cache_that_its_runs_share(changed, tmp_path):
     changed.run(*(arguments := overlay(changed, "cache", kd={"cache": "hidden"}, **SMALL)))
     caches = {folder.name for folder in changed.path.glob("results/caches/*/")}
     ledger = rows(changed.path / "results/tiny/tables/ledger.csv")
@@ -172,6 +172,13 @@ def test_kd_from_a_cache_that_its_runs_share(changed):
     assert "Nothing to be done" in changed.run("-n", *arguments)
     shutil.rmtree(changed.path / "results/caches")  # nothing trains from them any more
     assert "Nothing to be done" in changed.run("-n", *arguments)
+    changed.kdclimb("bundle", "export", tmp_path / "bundle.zip", *arguments)
+    there = Checkout(tmp_path / "there")
+    assert f"{len(caches)} caches" in there.kdclimb("bundle", "import", tmp_path / "bundle.zip")
+    again = SMALL | {"controls": SMALL["controls"] | {"lr_policy": False}}  # it follows a run that a new list names
+    there.run(*overlay(there, "again", campaign="again", kd={"cache": "hidden"}, **again))
+    assert there.attempts() == {} and not list(there.path.glob("results/caches/*/cache.json"))
+    assert there.tables("again")["kd/full.csv"] == changed.tables()["kd/full.csv"]
 
 
 def test_points_share_a_job_and_trained_ones_come_back(changed):
@@ -186,7 +193,7 @@ def test_points_share_a_job_and_trained_ones_come_back(changed):
     screened = {r["run_id"] for r in rows(changed.path / "results/tiny/kd/screen.csv")}
     assert {r["run_id"] for batch in batches for r in batch} == screened and len(screened) == 3
     (new,) = (name for name in screened if "-50-t3-" in name)
-    subprocess.run([".venv/bin/python", "-m", "kdclimb", "retry", "--run", new], cwd=changed.path, check=True)
+    changed.kdclimb("retry", "--run", new)
     assert jobs(changed.run("-n", "results/tiny/kd/screen.csv", *arguments)).count("train_batch") == 1
 
 
@@ -205,7 +212,7 @@ def test_runs_of_a_stage_share_a_job_and_come_back_from_their_folders(finished, 
     assert again == ["train_batch"] and changed.attempts() == before  # all came back, untouched
     assert "Nothing to be done" in changed.run("-n", *TINY)
     (run_id,) = {row["run_id"] for row in rows(batches[0])[:1]}
-    subprocess.run([".venv/bin/python", "-m", "kdclimb", "retry", "--run", run_id], cwd=changed.path, check=True)
+    changed.kdclimb("retry", "--run", run_id)
     alone = jobs(changed.run(f"results/runs/{run_id}/status.json", *TINY))
     assert alone == ["train"] and changed.attempts()[run_id] == 1
     changed.run("results/tiny/ce/timing.csv", *TINY)
@@ -269,7 +276,7 @@ def test_forgotten_results_are_made_again_in_one_go(changed):
     before, tables = changed.attempts(), changed.tables()
     selected = json.loads((changed.path / "results/tiny/teacher/selected.json").read_text())["run_id"]
     for run_id in (rows(changed.path / "results/tiny/ce/timing.csv")[0]["run_id"], selected):
-        subprocess.run([".venv/bin/python", "-m", "kdclimb", "retry", "--run", run_id], cwd=changed.path, check=True)
+        changed.kdclimb("retry", "--run", run_id)
         assert not (changed.path / "results/runs" / run_id).exists()
     first = changed.start(*TINY)
     while not any(changed.path.glob("results/runs/ce-*/.state/resume.safetensors")):  # one of the two is in training

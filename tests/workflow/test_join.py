@@ -5,17 +5,9 @@ import shutil
 import subprocess
 
 import pytest
-from checkouts import TINY, Checkout, jobs, overlay, trains
+from checkouts import TINY, jobs, overlay, trains
 
 pytestmark = pytest.mark.slow
-
-
-def kdclimb(checkout: Checkout, *arguments) -> str:
-    """python -m kdclimb with these arguments; what it prints."""
-    command = [".venv/bin/python", "-m", "kdclimb", *map(str, arguments)]
-    done = subprocess.run(command, cwd=checkout.path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def files(root) -> dict[str, bytes]:
@@ -37,7 +29,7 @@ def test_a_mirror_that_cant_be_written_costs_no_result_and_is_said(changed, tmp_
     (tmp_path / "file").touch()
     arguments = overlay(changed, "mirror", paths={"mirror": "../file/mirror"})
     run_id = next(name for name in changed.attempts() if name.startswith("cels"))  # a control, on which little depends
-    kdclimb(changed, "retry", "--run", run_id)
+    changed.kdclimb("retry", "--run", run_id)
     output = changed.run(*arguments, code=None)
     assert output.count("paths.mirror: no copy at") >= 2 and "Traceback" not in output  # after the run, and at the end
     assert json.loads((changed.path / f"results/runs/{run_id}/status.json").read_text())["status"] == "ok"
@@ -48,7 +40,7 @@ def test_a_mirror_that_cant_be_written_costs_no_result_and_is_said(changed, tmp_
 def test_a_run_is_mirrored_as_soon_as_it_is_finished(changed, tmp_path):
     arguments = overlay(changed, "mirror", paths={"mirror": str(tmp_path / "mirror")})
     run_id = next(iter(changed.attempts()))
-    kdclimb(changed, "retry", "--run", run_id)
+    changed.kdclimb("retry", "--run", run_id)
     changed.run(f"results/runs/{run_id}/status.json", "--no-hooks", *arguments)  # hooks would copy at the end
     copied = files(tmp_path / "mirror")
     assert copied and copied == {
@@ -57,8 +49,8 @@ def test_a_run_is_mirrored_as_soon_as_it_is_finished(changed, tmp_path):
 
 
 def test_a_bundle_brings_another_checkout_all_that_the_analysis_needs(finished, checkout, tmp_path):
-    kdclimb(finished, "bundle", "export", tmp_path / "tiny.zip", *TINY)
-    assert "no tokens" in kdclimb(checkout, "bundle", "import", tmp_path / "tiny.zip")
+    finished.kdclimb("bundle", "export", tmp_path / "tiny.zip", *TINY)
+    assert "no tokens" in checkout.kdclimb("bundle", "import", tmp_path / "tiny.zip")
     assert not list(checkout.path.rglob("model.safetensors")) and checkout.tables() == finished.tables()
     planned = checkout.run("-n", "results/tiny/report/index.html", *TINY)
     assert {"compare", "report"} <= set(jobs(planned)) and "data" not in jobs(planned) and not trains(planned)
@@ -69,16 +61,16 @@ def test_a_bundle_brings_another_checkout_all_that_the_analysis_needs(finished, 
 
 
 def test_after_an_import_kd_needs_the_weights_and_the_tokens(finished, checkout, tmp_path):
-    kdclimb(finished, "bundle", "export", tmp_path / "bare.zip", *TINY)
-    kdclimb(finished, "bundle", "export", tmp_path / "whole.tar.gz", "--weights", *TINY)
-    told = kdclimb(checkout, "bundle", "import", tmp_path / "bare.zip")
+    finished.kdclimb("bundle", "export", tmp_path / "bare.zip", *TINY)
+    finished.kdclimb("bundle", "export", tmp_path / "whole.tar.gz", "--weights", *TINY)
+    told = checkout.kdclimb("bundle", "import", tmp_path / "bare.zip")
     hotter = ["results/tiny/kd/screen.csv", *overlay(checkout, "hotter", kd={"grid": {"temperature": [1.0, 3.0]}})]
     teacher = json.loads((checkout.path / "results/tiny/teacher/selected.json").read_text())["run_id"]
     output = checkout.run(*hotter, code=None)
     assert f"train: results/runs/{teacher}/checkpoints: described, but without its weights" in output
     make_tokens = told.splitlines()[-1].replace(" &&", f" {' '.join(TINY)} &&")
     subprocess.run(["bash", "-c", make_tokens], cwd=checkout.path, check=True, capture_output=True)
-    assert "imported: " in kdclimb(checkout, "bundle", "import", tmp_path / "whole.tar.gz")
+    assert "imported: " in checkout.kdclimb("bundle", "import", tmp_path / "whole.tar.gz")
     checkout.run(*hotter)
     (trained,) = checkout.attempts()  # nothing imported was trained again
     assert "-t3-" in trained
