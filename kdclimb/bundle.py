@@ -229,7 +229,7 @@ def _settle(folder: Path) -> None:
 
 
 def _stand_in(results: Path, runs: Iterable[str]) -> None:
-    """An empty folder for each cache of targets that isn't here: finished runs read it, so no job may make it again.
+    """A folder for each cache of targets that isn't here: finished runs read it, so no job may make it again.
 
     As old as the first of these runs. A training from it refuses it by name.
     """
@@ -276,7 +276,7 @@ def _told(index: Index, results: Path, runs: dict[str, dict], written: int, kept
     if bare:
         lines.append(f"{len(bare)} of the runs have no weights here: they count in every table, but can't teach")
     if gone := len(list(results.glob(f"caches/*/{ABSENT}"))):
-        lines.append(f"{gone} caches of a teacher's targets are not here: to train from one, delete its folder first")
+        lines.append(f"caches of teachers' targets not here: {gone}; to train from one, delete its folder first")
     for manifest in (results / entry.path for entry in index.files if entry.path.startswith("data/")):
         if not _has_tokens(manifest):
             lines.append("no tokens are here; before a training make them, as old as the data of these runs:")
@@ -335,13 +335,14 @@ def _check_contents(archive: _Archive, index: Index) -> tuple[dict[str, dict], d
         missing = [name for name in MADE_AT_THE_END if f"{folder}/{name}" not in entries]
         if missing:
             raise BundleError(f"{archive.file}: {folder}/{missing[0]}: missing")
+        config = archive.json(entries[f"{folder}/config.json"])
         try:
-            found = read_config(archive.json(entries[f"{folder}/config.json"])).run_id
+            found = read_config(config).run_id
         except ConfigError as error:
             raise BundleError(f"{archive.file}: {folder}/config.json: {error}") from error
         if found != run_id:
             raise BundleError(f"{archive.file}: {folder}/config.json: the config of another run, {found}")
-        cache = _cache_of(archive.json(entries[f"{folder}/config.json"]))
+        cache = _cache_of(config)
         if cache is not None and not NAME.fullmatch(cache):
             raise BundleError(f"{archive.file}: {folder}/config.json: kd.cache: {cache!r}: not a name")
         runs[run_id] = archive.json(entries[f"{folder}/status.json"], "status", "code_hash")

@@ -116,22 +116,22 @@ def fill(config: CacheConfig, files: Files, dataset: Dataset, teacher: GPT, stop
     stream = dataset.train_stream(config.seed, config.max_doc_tokens)
     for _ in range(files.done):
         stream.skip_batch(size)
-    saved, place, written = time.monotonic(), files.done, Future()
+    begun, place, written = time.perf_counter(), files.done, Future()
     written.set_result(None)
     with ThreadPoolExecutor(1) as writer:  # of one micro-batch, while the teacher is at the next
         while place < config.micro_batches and not stop.asked():
-            begun = time.perf_counter()
             generator.manual_seed(_seed_of(config, place))
             target = teacher_target(teacher, stream.next_batch(size, config.device))
             values = files.on_host(_values(config, target, generator))
             written.result()
             written, place = writer.submit(files.append, values), place + 1
-            files.cost_ms += 1e3 * (time.perf_counter() - begun)
-            if time.monotonic() - saved > SAVE_SECONDS:
+            if time.perf_counter() - begun > SAVE_SECONDS:
                 written.result()
+                files.cost_ms += 1e3 * (time.perf_counter() - begun)
                 files.save()
-                saved = time.monotonic()
+                begun = time.perf_counter()
         written.result()
+    files.cost_ms += 1e3 * (time.perf_counter() - begun)
 
 
 def _seed_of(config: CacheConfig, place: int) -> int:

@@ -1,5 +1,6 @@
 """Bundles: what goes in comes out, and anything amiss is refused as a whole, in one line that names the file."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -8,6 +9,7 @@ import stat
 import tarfile
 import time
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -154,6 +156,25 @@ def test_imported_files_are_in_order_of_age(bundle, results, tmp_path, capsys):
     age = {path: path.stat().st_mtime for path in (manifest, run / "status.json", run / "checkpoints", table, job)}
     assert age[table] < age[manifest] < age[run / "checkpoints"] == age[run / "status.json"] <= time.time()
     assert age[manifest] < age[job] <= time.time()
+
+
+@pytest.mark.parametrize(("cache", "said"), [("samples-0123456789ab", None), ("../../evil", "kd.cache: '../../evil'")])
+def test_a_cache_that_runs_read_has_a_folder_as_old_as_they_are(bundle, tmp_path, capsys, cache, said):
+    file, there = bundle(), tmp_path / "here/caches"
+    kd = dataclasses.replace(expansion.Expansion(CAMPAIGN, DATA).kd("ce-1x8-30-s0-0", 1.0), cache=cache)
+    config = dataclasses.replace(RUNS[Path(RUN).name], kd=kd)
+    reader, members = f"runs/{config.run_id}", unpacked(file)
+    moved = {name.replace(RUN, reader): content for name, content in members.items()}
+    moved[f"{reader}/config.json"] = json.dumps(dataclasses.asdict(config)).encode()
+    packed(file, moved, json.loads(members["index.json"]))
+    if said:
+        refused(capsys, file, tmp_path / "here", f"{reader}/config.json", said)
+        return
+    code, told, _ = take(capsys, file, tmp_path / "here")
+    assert code == 0 and "not here: 1;" in told
+    assert [path.name for path in there.iterdir()] == [cache]
+    assert [path.name for path in (there / cache).iterdir()] == ["elsewhere"]
+    assert (there / cache).stat().st_mtime_ns == (tmp_path / "here" / reader / "config.json").stat().st_mtime_ns
 
 
 def test_data_prepared_here_is_kept_and_dated_back(bundle, results, tmp_path, capsys):
