@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def source_hash(entry: str) -> str:
     """12 hex digits over `entry` (a path from the project folder, such as workflow/scripts/train.py) and every
     kdclimb module that it imports, directly or not, inside functions too. Blind to comments, docstrings and
-    layout, so that editing those reruns nothing.
+    layout, so that editing those reruns nothing; and to the Python that asks, so that results of 3.11 count as made by
+    the same code under 3.12.
     """
     closure: set[Path] = set()
     todo = [ROOT / entry]
@@ -50,7 +51,24 @@ def _read(path: Path) -> tuple[str, tuple[Path, ...]]:
                 and isinstance(first.value.value, str)
             ):
                 node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree), tuple(sorted(imports))
+    return _text(tree), tuple(sorted(imports))
+
+
+def _text(node: object) -> str:
+    """A syntax tree as text, the same from each Python.
+
+    ast.unparse quotes f-strings otherwise from 3.12 on, ast.dump shows fields that a version has added, and 3.12 ends
+    some f-strings with an empty text.
+    """
+    if isinstance(node, list):
+        return f"[{', '.join(map(_text, node))}]"
+    if not isinstance(node, ast.AST):
+        return ascii(node)
+    fields = {name: getattr(node, name, None) for name in node._fields}
+    if isinstance(node, ast.JoinedStr):
+        fields["values"] = [part for part in node.values if not (isinstance(part, ast.Constant) and part.value == "")]
+    held = [f"{name}={_text(value)}" for name, value in fields.items() if value is not None and value != []]
+    return f"{type(node).__name__}({', '.join(held)})"
 
 
 def _modules(name: str) -> set[Path]:

@@ -63,6 +63,29 @@ def test_code_counts_however_deep(tree, name, text):
     assert tree() != tree(name, text)
 
 
+SEEN_OTHERWISE = """from dataclasses import dataclass
+
+
+@dataclass
+class Size:
+    name: str = ""
+
+
+def told(sizes, digits=None):
+    return [f"{size.name or 'none'}: {len(sizes):>{digits}}{{}}" for size in sizes] or f'it\\'s {digits!r}'
+"""
+
+
+def test_the_hash_is_the_same_from_each_python(tree):
+    """Python 3.11, 3.12 and 3.13 read the f-strings and the function here as three different trees."""
+    assert tree("kdclimb/a.py", SEEN_OTHERWISE) == "fab8396a1b20"
+
+
+@pytest.mark.parametrize(("before", "after"), [('x = [""]', "x = []"), ("f(None)", "f()"), ("x = 1", "x = 1.0")])
+def test_small_changes_count(tree, before, after):
+    assert tree("kdclimb/a.py", before) != tree("kdclimb/a.py", after)
+
+
 def test_the_trainers_closure_is_what_it_runs_and_analysis_is_not_in_it():
     entry = provenance.ROOT / "workflow/scripts/train.py"
     closure, todo = set(), [entry]
