@@ -284,7 +284,7 @@ def plot(runs: list[Run], path: Path) -> None:
         for row in (row for run in members for row in curve(run) if row["gain"] is not None):
             gains.setdefault(int(row["step"]), []).append(-row["gain"])
         points = [(step, statistics.mean(values)) for step, values in sorted(gains.items())]
-        style = "-" if place < 10 else "--"  # there are ten colours
+        style = ("-", "--", ":")[place // 10 % 3]  # there are ten colours
         axis.plot(*zip(*points), style, marker="o", markersize=3, label=f"{arm} ({len(members)})")
     axis.set(xlabel="step", ylabel="validation loss less CE's (nats)", title="Against the CE control of the same seed")
     axis.set_yscale("symlog", linthresh=0.01)
