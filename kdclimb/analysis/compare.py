@@ -112,10 +112,7 @@ def compare(
     rows = compare_rows([run for run in runs if run.arm in COMPARED_ARMS], goal, teacher)
     write_csv(out_curves, CURVE_COLUMNS, [row for run in runs for row in curve_rows(run, teacher)])
     write_csv(out_compare, COMPARE_COLUMNS, rows)
-    tables = read_csv(probe, PROBE_COLUMNS), read_csv(trained, TRAINED_COLUMNS)
-    candidates = [at_budgets_speed(rows, limit) for rows in tables]
-    rejected = [read_json(path, ["rejected"])["rejected"] for path in (projected, measured)]
-    teachers = teacher_rows(*candidates, rejected[0] | rejected[1], teacher)
+    teachers = read_teachers(probe, projected, trained, measured, limit, teacher)
     write_csv(out_teachers, TEACHER_COLUMNS, teachers)
     judged = Rules(*(rules[key] for key in ("confidence", "p_value", "power")))
     reached = reach(runs, goal, teacher, rules["amortize"])
@@ -219,6 +216,19 @@ def _against(row: dict, ce: dict | None) -> dict:
 
 def _minus(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a - b
+
+
+def read_teachers(
+    probe: Path, projected: Path, trained: Path, measured: Path, limit: dict, teacher: dict
+) -> list[dict]:
+    """Rows of TEACHER_COLUMNS from what the sweep's stages left, times at the speed of the budget `limit`.
+
+    `teacher` is what was selected. Raises AnalysisError for a missing or malformed file.
+    """
+    tables = read_csv(probe, PROBE_COLUMNS), read_csv(trained, TRAINED_COLUMNS)
+    candidates = [at_budgets_speed(rows, limit) for rows in tables]
+    rejected = [read_json(path, ["rejected"])["rejected"] for path in (projected, measured)]
+    return teacher_rows(*candidates, rejected[0] | rejected[1], teacher)
 
 
 def teacher_rows(probes: list[dict], trained: list[dict], rejected: dict, teacher: dict) -> list[dict]:

@@ -7,6 +7,7 @@ of the light page; in the report's SVG they become CSS variables, so that the pa
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Iterable
 from itertools import cycle
@@ -16,6 +17,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 from kdclimb.analysis import charts
 from kdclimb.analysis.styles import ARM_STYLE, COLOURS, RC, SIZE, legend
@@ -23,6 +25,16 @@ from kdclimb.analysis.tables import show_ms
 from kdclimb.artifacts import write_text, write_via
 
 FIRST_VALIDATIONS = 8
+AROUND = (  # a point: where its name may be, (x, y) of the way there and the name's alignment
+    (0, 1, "center", "bottom"),
+    (0, -1, "center", "top"),
+    (-1, 0, "right", "center"),
+    (1, 0, "left", "center"),
+    (-1, 1, "right", "bottom"),
+    (1, 1, "left", "bottom"),
+    (-1, -1, "right", "top"),
+    (1, -1, "left", "top"),
+)
 
 
 def draw(folder: Path, data: dict, names: Iterable[str] | None = None) -> dict[str, str]:
@@ -190,9 +202,6 @@ def _teachers(axes: Axes, teachers: list[dict], budget: dict) -> bool:
         name = row["verdict"] + (", imported" if row["imported"] else "")
         fill = {"markerfacecolor": "none"} if row["imported"] else {}
         axes.plot([x], [y], marker, color=colour, markersize=size, label=name, linestyle="none", **fill)
-        if row["verdict"] == "selected" or len(trained) <= 8:
-            offset = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(row["candidate"], (x, y), fontsize=8, color=COLOURS["ink"], **offset)
     projected = [
         row["projected_ms"] / 1000 for row in teachers if row not in trained and row["projected_ms"] is not None
     ]
@@ -211,7 +220,35 @@ def _teachers(axes: Axes, teachers: list[dict], budget: dict) -> bool:
     if not trained:
         axes.set_yticks([])
     legend(axes, bbox_to_anchor=(0, 1.0), loc="lower left", ncols=3)
+    named = [row for row in trained if row["verdict"] == "selected" or len(trained) <= 8]
+    named.sort(key=lambda row: row["verdict"] != "selected")  # where there is no room, it has the first choice
+    _name_points(axes, [(row["candidate"], row["train_time_ms"] / 1000, row["final_val"]) for row in named])
     return True
+
+
+def _name_points(axes: Axes, points: list[tuple[str, float, float]]) -> None:
+    """Names beside their points (name, x, y), each as near as it meets no other name, no point and no end of the axes.
+
+    One that finds no such place is left out: a table holds it.
+    """
+    axes.figure.draw_without_rendering()  # so that the axes have their place
+    inside, pixels = axes.get_window_extent(), axes.figure.dpi / 72
+    middles = axes.transData.transform([point[1:] for point in points])
+    taken = [Bbox.from_extents(*(middle - 5 * pixels), *(middle + 5 * pixels)) for middle in middles]
+    near = {"textcoords": "offset points", "fontsize": 8, "color": COLOURS["ink"], "in_layout": False}
+    line = {"arrowstyle": "-", "color": COLOURS["muted"], "linewidth": 0.5}
+    for name, *point in points:
+        for far, (right, up, ha, va) in itertools.product((8, 20, 32, 44, 56), AROUND):
+            place = far * right, far * up
+            text = axes.annotate(name, point, xytext=place, ha=ha, va=va, **near)
+            box = text.get_window_extent()
+            within = inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1)
+            if within and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                if far > 8:
+                    axes.annotate("", point, xytext=place, textcoords="offset points", arrowprops=line, in_layout=False)
+                break
+            text.remove()
 
 
 def _isolates(axes: Axes, isolates: list[dict]) -> bool:

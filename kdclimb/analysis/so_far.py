@@ -10,7 +10,7 @@ from copy import copy
 from pathlib import Path
 
 from kdclimb.analysis import compare, ledger
-from kdclimb.analysis.budget import BUDGET_KEYS
+from kdclimb.analysis.budget import BUDGET_KEYS, read_budget
 from kdclimb.analysis.cautions import job_warning
 from kdclimb.analysis.details import OUTPUTS as DETAILS
 from kdclimb.analysis.details import VERDICT_KEYS, headline_rows, tables_of
@@ -42,6 +42,7 @@ MADE_BY_STAGES = {  # where the workflow puts what a stage leaves
     "stop": "tables/stop_conditions.csv",
     "summary": "tables/teacher_budget10_summary.csv",
 }
+SWEPT = ("probe.csv", "projected.json", "trained.csv", "measured.json")  # in teacher/, before one is selected
 COMPARED = ("compare", "tests", "verdict")  # one without the others is none
 NO_TEACHER = {"run_id": None, "candidate": None, "train_time_ms": None, "budget_ms": None, "imported": 0}
 FROM_JOBS = ("reason", "slurm_job", "log_tail")
@@ -59,8 +60,9 @@ def report_so_far(campaign: Campaign, named: list[Run], folder: Path, runs: Path
     jobs = read_failures(folder / FAILURES)
     files = {name: folder / MADE_BY_STAGES.get(name, f"tables/{name}.csv") for name in INPUTS}
     if not all(files[name].is_file() for name in COMPARED):  # some are of runs that are being made again
-        files |= dict.fromkeys(COMPARED, out / "not_yet")
+        files |= {name: out / files[name].relative_to(folder) for name in COMPARED}  # where nothing is
     files |= _write_tables(campaign, found, files, out / "tables", _unfinished(named, jobs, runs), jobs)
+    files |= _write_teachers([folder / "teacher" / name for name in SWEPT], files, out / "tables")
     page = out / "report/index.html"
     report(campaign.campaign, out / "figures", page, so_far=words, **files)
     return page
@@ -121,6 +123,17 @@ def _write_tables(
     for name, path in paths.items():
         write_csv(path, columns[name], rows[name])
     return paths | {"ledger": _write_ledger(campaign, runs, files["target"], out, unfinished)}
+
+
+def _write_teachers(swept: list[Path], files: dict[str, Path], out: Path) -> dict[str, Path]:
+    """The table of all candidates, once one is selected; {name: path}."""
+    needed = [*swept, files["budget"], files["selected"]]
+    if not all(path.is_file() for path in needed):
+        return {}
+    selected = read_json(files["selected"], SELECTED_KEYS)
+    rows = compare.read_teachers(*swept, read_budget(files["budget"]), selected)
+    write_csv(out / "teachers.csv", compare.TEACHER_COLUMNS, rows)
+    return {"teachers": out / "teachers.csv"}
 
 
 def _headline(files: dict[str, Path]) -> list[dict]:

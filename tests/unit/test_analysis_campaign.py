@@ -3,13 +3,16 @@
 import base64
 import gzip
 import hashlib
+import itertools
 import json
 import re
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from test_analysis_synthetic import SyntheticCampaign, read_rows
 
+from kdclimb.analysis import figures
 from kdclimb.analysis.report.parts import Page
 from kdclimb.analysis.report.sections import isolates_section
 
@@ -220,6 +223,21 @@ def test_report_shows_what_the_files_say(campaign):
     assert 'class="badge no"' not in page_of(campaign)
     assert "Nothing to draw" not in words and "Not there yet" not in words
     assert "The parts of a step are not measured: ./run results/default/kd/profile.csv" in words
+
+
+def test_names_of_points_lie_apart_and_one_without_room_is_left_out():
+    figure = Figure(figsize=(5.4, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    points = [(f"L3-H6-D128-{steps}", 40 + steps / 100, 4.0) for steps in range(6)]
+    points += [("alone", 5.0, 6.0), ("without room " * 9, 20.0, 5.0)]
+    axes.plot(*zip(*(point[1:] for point in points), strict=True), "o")
+    figures._name_points(axes, points)
+    figure.draw_without_rendering()
+    boxes = {text.get_text(): text.get_window_extent() for text in axes.texts if text.get_text()}
+    assert boxes.keys() == {name for name, *_ in points[:-1]}
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes.values(), 2))
+    inside = axes.get_window_extent().padded(1)
+    assert all(inside.contains(*box.min) and inside.contains(*box.max) for box in boxes.values())
 
 
 @pytest.mark.parametrize("shared", [0, 1])

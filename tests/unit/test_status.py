@@ -81,6 +81,17 @@ def test_a_projected_budget_is_called_so(halfway):
     assert "CE takes 6.00 s (projected from 300-step runs) over 600 steps (median of its seeds" in halfway.page()
 
 
+def test_after_the_selection_the_page_shows_each_teacher_and_what_the_verdict_waits_for(halfway):
+    halfway.made.baseline()
+    page = halfway.page()
+    assert 'id="teachers"' not in page and "tables/teachers.csv" in page
+    halfway.made.teachers()
+    page = halfway.page()
+    assert 'id="teachers"' in page and 'class="tag selected"' in page and 'class="tag rejected"' in page
+    assert "verdict.json, tables/compare.csv, tables/verdict.csv" in page and "tables/teachers.csv</span>" not in page
+    assert "teacher_budget10_summary" not in page
+
+
 def test_a_finished_campaign_has_no_stage_left(halfway):
     halfway.made.run_all()
     text = halfway.printed()
@@ -92,6 +103,8 @@ def test_the_page_so_far_of_a_finished_campaign_is_whole(halfway):
     halfway.made.run_all()
     page = halfway.page()
     assert 'data-cell="steps_saved"' in page and "KD pays in steps" in page and "not-there-yet" not in page
+    made = [halfway.made.out / place for place in ("tables/teachers.csv", "so_far/tables/teachers.csv")]
+    assert made[0].read_bytes() == made[1].read_bytes()
 
 
 def test_a_decision_of_another_version_is_named(halfway):

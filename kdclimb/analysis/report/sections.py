@@ -635,7 +635,7 @@ SECTIONS = (
     Section(("verdict", "headline", "curves"), "Is KD alive?", alive_section),
     Section(("compare", "controls"), "Controls", controls_section),
     Section(("budget", "headline", "timing"), "Teacher budget", budget_section),
-    Section(("teachers", "summary"), "Teachers", teachers_section),
+    Section(("teachers",), "Teachers", teachers_section),
     Section(("screen",), "KD screen", screen_section),
     Section(("isolates",), "Cost of a step", isolates_section),
     Section(("stop",), "Stop conditions", stop_section),
