@@ -84,10 +84,12 @@ def _break_even(rows: list[dict], budget_share: float) -> list[dict]:
     if not known or any(row["pays"] for row in known):
         return []
     row = max(known, key=lambda row: row["measured"] - row["needed"])
+    on_steps = row["overhead"] * row["kd_share_of_steps"]
     why = (
         f"KD comes nearest to break-even at {row['target_value']:.4f} nats, where it must save {row['needed']:.0%} of "
-        f"CE's steps and saved {row['measured']:.0%}: the teacher is {row['teacher_share']:.0%} of CE's time there, a "
-        f"step with KD takes {row['overhead']:.0%} more, in {row['kd_share_of_steps']:.0%} of the steps"
+        f"CE's steps and saved {row['measured']:.0%}: the teacher is {row['teacher_share']:.0%} of CE's time there, "
+        f"its cache {row['cache_share']:.0%}, and a step with KD takes {row['overhead']:.0%} more, in "
+        f"{row['kd_share_of_steps']:.0%} of the steps"
     )
     if row["measured"] <= 0:
         why += f". Costs alone are not what is missing; the teacher took {budget_share:.0%} of its budget"
@@ -96,9 +98,13 @@ def _break_even(rows: list[dict], budget_share: float) -> list[dict]:
     if row["measured"] > row["needed_amortized"]:
         why += f". Shared by {row['amortize']} students it needs {row['needed_amortized']:.0%}"
         return [_row("Let several students share the teacher", why, "verdict.amortize", "break_even.csv")]
-    if row["teacher_share"] > row["overhead"] * row["kd_share_of_steps"]:
-        return [_row("Cut the teacher's time first", why, "teacher.candidates", "break_even.csv")]
-    return [_row("Cut what KD adds to a step first", why, "kd.token_frac kd.every kd.cache", "break_even.csv")]
+    terms = {
+        ("Cut the teacher's time first", "teacher.candidates"): row["teacher_share"],
+        ("Cut what the cache takes first", "kd.cache kd.token_frac"): row["cache_share"],
+        ("Cut what KD adds to a step first", "kd.token_frac kd.every kd.cache"): on_steps,
+    }
+    what, keys = max(terms, key=terms.get)
+    return [_row(what, why, keys, "break_even.csv")]
 
 
 def _lost_lead(rows: list[dict]) -> list[dict]:

@@ -31,6 +31,7 @@ from kdclimb.analysis.targets import (
     by_crossing,
     by_final,
     by_horizon,
+    cache_ms_of,
     crossing,
     first_val,
     read_target,
@@ -140,9 +141,12 @@ def compare(
 
 
 def teacher_cost_ms(run: RunFolder, teacher: dict) -> float:
-    """Training time (ms) of the teacher that the run learns from, and the whole of what writing its targets took; 0 for
-    CE and for a random teacher.
-    """
+    """Training time (ms) of the teacher that the run learns from, and the whole of what writing its targets took."""
+    return teacher_ms_of(run, teacher) + cache_ms_of(run)
+
+
+def teacher_ms_of(run: RunFolder, teacher: dict) -> float:
+    """Training time (ms) of the teacher that the run learns from; 0 for CE and for a random teacher."""
     kd = run.config.kd
     own = teacher["train_time_ms"] if teacher["run_id"] else 0.0
     if kd is None or kd.random_teacher:
@@ -151,7 +155,7 @@ def teacher_cost_ms(run: RunFolder, teacher: dict) -> float:
         return teacher["counted_ms"][kd.teacher]
     if kd.teacher != teacher["run_id"]:
         raise AnalysisError(f"{run.folder / 'config.json'}: kd.teacher {kd.teacher} is not the selected teacher")
-    return own + (run.summary["kd_cache_ms"] or 0.0)
+    return own
 
 
 def reach(runs: list[RunFolder], goal: dict, teacher: dict, amortize: int) -> list[Reached]:
@@ -170,10 +174,12 @@ def reach(runs: list[RunFolder], goal: dict, teacher: dict, amortize: int) -> li
     whole = [group for group in series.values() if any(run.horizon == last for run in group)]
     found = []
     for name, target in all_targets(goal).items():
-        for run in judged + alone:
-            found.append(by_crossing(run, name, target, teacher_cost_ms(run, teacher), amortize))
+        for run in alone:  # it stands at its own final loss once
+            found.append(by_crossing(run, name, target | {"consecutive": 1}, 0.0, amortize))
+        for run in judged:
+            found.append(by_crossing(run, name, target, teacher_ms_of(run, teacher), amortize))
         for group in whole:
-            found.append(by_horizon(group, name, target, teacher_cost_ms(group[0], teacher), amortize))
+            found.append(by_horizon(group, name, target, teacher_ms_of(group[0], teacher), amortize))
     return found + [by_final(run) for run in judged if run.horizon >= last]
 
 

@@ -56,7 +56,7 @@ class Pair:
 
     @property
     def censored(self) -> bool:
-        return self.arm[0] != self.arm[1] or self.other[0] != self.other[1] or self.arm == FAILED
+        return self.arm[0] != self.arm[1] or self.other[0] != self.other[1] or FAILED in (self.arm, self.other)
 
     def bounds(self) -> tuple[float, float]:
         """Lowest and highest that the log ratio can be. The other's failure gives the arm no credit."""
@@ -151,7 +151,7 @@ def _judge_censored(low: np.ndarray, high: np.ndarray, censored: int, rules: Rul
     return Judged(
         n_pairs=n,
         n_censored=censored,
-        ratio=float(np.exp(middle[0])) if middle[0] == middle[1] else None,
+        ratio=float(np.exp(middle[0])) if middle[0] == middle[1] and np.isfinite(middle[0]) else None,
         low=limits[0] if limits[0] > 0 else None,
         high=limits[1] if limits[1] < math.inf else None,
         p_sooner=float(sign_below(high)),

@@ -11,8 +11,8 @@ from kdclimb.analysis.targets import TEACHERS, Reached, crossing
 
 TREND_COLUMNS = ("label", "seed", "horizon", "ce_step", "val_loss", "kd_step", "steps_saved", "miss_reason")
 BREAK_EVEN_COLUMNS = (
-    "target target_value label n_seeds overhead kd_share_of_steps teacher_ms cache_ms ce_time_ms teacher_share needed "
-    "needed_amortized amortize measured measured_low measured_high pays note"
+    "target target_value label n_seeds overhead kd_share_of_steps teacher_ms cache_ms ce_time_ms teacher_share "
+    "cache_share needed needed_amortized amortize measured measured_low measured_high pays note"
 ).split()
 
 
@@ -89,10 +89,10 @@ def _break_even(test: dict, pairs: list, times: list[float], teacher: dict, amor
     cached = row["cache_ms"] / ce_ms
     cost = teacher_ms / ce_ms
     step = 1 + share * overhead
-    row |= {"overhead": overhead, "kd_share_of_steps": share, "ce_time_ms": ce_ms, "teacher_share": cost}
+    row |= {"overhead": overhead, "kd_share_of_steps": share, "ce_time_ms": ce_ms}
+    row |= {"teacher_share": cost, "cache_share": cached}
     row |= {"needed": 1 - (1 - cost - cached) / step}
     row["needed_amortized"] = 1 - (1 - cost / amortize - cached) / step
-
     return row | {"pays": None if row["measured"] is None else int(row["measured"] > row["needed"])}
 
 

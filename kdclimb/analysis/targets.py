@@ -141,39 +141,52 @@ class Reached:
         return self.place | dict.fromkeys((*COSTS, "val_loss")) | values | {"miss_reason": self.miss}
 
 
-def by_crossing(run: RunFolder, name: str, target: dict, cost_ms: float, amortize: int) -> Reached:
-    """`cost_ms` is what the run's teacher took, which `amortize` students share in the last of the costs."""
-    found = crossing(run, target)
+def cache_ms_of(run: RunFolder) -> float:
+    """What writing the targets that the run learned from took (ms), 0 without a cache."""
+    return run.summary["kd_cache_ms"] or 0.0
+
+
+def by_crossing(run: RunFolder, name: str, target: dict, teacher_ms: float, amortize: int) -> Reached:
+    """`teacher_ms` is what the run's teacher took, which `amortize` students share in the last of the costs."""
+    found, cache = crossing(run, target), (cache_ms_of(run),) * 2  # all of it, however soon: it is written before
     if found.point is not None:
-        seen = _costs(*((figure, figure) for figure in found.point), cost_ms, amortize)
+        seen = _costs(*((figure, figure) for figure in found.point), cache, teacher_ms, amortize)
     elif run.ok and run.val:
-        seen = _costs(*(beyond(float(run.val[-1][key])) for key in PLACE), cost_ms, amortize)
+        seen = _costs(*(beyond(float(run.val[-1][key])) for key in PLACE), cache, teacher_ms, amortize)
     else:
         seen = dict.fromkeys(COSTS, FAILED)
     return Reached(_place("crossing", name, target, run), seen, (run,), found.miss)
 
 
-def by_horizon(runs: list[RunFolder], name: str, target: dict, cost_ms: float, amortize: int) -> Reached:
+def by_horizon(runs: list[RunFolder], name: str, target: dict, teacher_ms: float, amortize: int) -> Reached:
     """The shortest complete horizon whose final loss meets the target, from runs that differ in their horizon alone.
 
     The final losses are made monotone (isotonic regression) and joined by straight lines over the logarithm of the
     horizon, along which losses fall nearly straight. No other shape is assumed; beyond the horizons nothing is said.
+    With a run that failed it is unknown: a line through the others would leave out what that one shows. `teacher_ms` is
+    what the teacher took; each run has its cache of targets, which is as long as its horizon.
     """
     runs = sorted(runs, key=lambda run: run.horizon)
     whole = [run for run in runs if run.ok and run.val and math.isfinite(run.val[-1]["val_loss"])]
     place = _place("horizon", name, target, runs[0]) | {"horizon": None}
+    if len(whole) < len(runs):
+        first = next(run for run in runs if run not in whole)
+        why = f"{len(runs) - len(whole)} of {len(runs)} runs failed: {first.horizon} steps, {first.why_not_ok()}"
+        return Reached(place, dict.fromkeys(COSTS, UNKNOWN), tuple(runs), why)
     if len(whole) < MIN_HORIZONS:
         seen, why = dict.fromkeys(COSTS, UNKNOWN), f"{len(whole)} of the {MIN_HORIZONS} horizons that this needs"
         return Reached(place, seen, tuple(runs), why)
     ends = [run.val[-1] for run in whole]
     horizons, losses = [row["step"] for row in ends], [row["val_loss"] for row in ends]
     low, high = shortest_horizon(horizons, losses, target["value"])
+    caches = [cache_ms_of(run) for run in whole]
     if low == high:
-        seen = [(float(np.interp(low, horizons, [row[key] for row in ends])),) * 2 for key in PLACE[1:]]
-        return Reached(place, _costs((low, low), *seen, cost_ms, amortize), tuple(runs), "")
+        figures = [*([row[key] for row in ends] for key in PLACE[1:]), caches]
+        seen = [(float(np.interp(low, horizons, values)),) * 2 for values in figures]
+        return Reached(place, _costs((low, low), *seen, teacher_ms, amortize), tuple(runs), "")
     i, found, word = (-1, beyond, "long") if high == math.inf else (0, within, "short")
     why = f"{word}er than the {word}est horizon, {horizons[i]} steps, which ends at {losses[i]:.4f}"
-    seen = _costs(*(found(float(ends[i][key])) for key in PLACE), cost_ms, amortize)
+    seen = _costs(*(found(float(ends[i][key])) for key in PLACE), found(caches[i]), teacher_ms, amortize)
     return Reached(place, seen, tuple(runs), f"{why} against target {target['value']:.4f}")
 
 
@@ -207,8 +220,12 @@ def _place(measure: str, name: str, target: dict, run: RunFolder) -> dict:
     return place | {"seed": run.config.seed, "horizon": run.horizon}
 
 
-def _costs(steps: Seen, tokens: Seen, time_ms: Seen, cost_ms: float, amortize: int) -> dict[str, Seen]:
-    counted = [tuple(limit + cost_ms / share for limit in time_ms) for share in (1, amortize)]
+def _costs(
+    steps: Seen, tokens: Seen, time_ms: Seen, cache_ms: Seen, teacher_ms: float, amortize: int
+) -> dict[str, Seen]:
+    """Of a teacher several students can learn; its targets in a cache are those of one student's tokens."""
+    student = [sum(limits) for limits in zip(time_ms, cache_ms, strict=True)]
+    counted = [tuple(limit + teacher_ms / share for limit in student) for share in (1, amortize)]
     return dict(zip(COSTS, (steps, tokens, time_ms, *counted), strict=True))
 
 

@@ -1,18 +1,20 @@
 """Each arm against CE, and KD against its controls, by each measure, target and cost: the rows of verdict.csv.
 
-KD pays only if it is sooner than CE, with p below the rule's after Holm's adjustment, and sooner than each control. A
-claim must hold against all of these at once, so each of their tests may stay at the rule's level (intersection-union
-test, Berger 1982). The screen's first point is judged: picking the best of several full runs would flatter KD.
+KD pays only if it is sooner than CE, with p below the rule's after Holm's adjustment, and sooner than each control, by
+the same cost; in time it must also end below the controls that spend theirs otherwise. A claim must hold against all of
+these at once, so each of their tests may stay at the rule's level (intersection-union test, Berger 1982). The screen's
+first point is judged: picking the best of several full runs would flatter KD.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections import Counter
 from collections.abc import Iterable
 
 from kdclimb.analysis.budget import refuse_timing
-from kdclimb.analysis.paired import BETTER, WORSE, Judged, Pair, Rules, holm, judge, outcome
+from kdclimb.analysis.paired import BETTER, UNKNOWN, WORSE, Judged, Pair, Rules, holm, judge, outcome
 from kdclimb.analysis.tables import show_number
 from kdclimb.analysis.targets import COSTS, TEACHERS, Reached
 
@@ -22,7 +24,13 @@ VERDICT_COLUMNS = (
     *STATISTICS,
     *("saved_share", "saved_share_low", "saved_share_high", "p_holm", "outcome"),
 )
+FAMILIES = ("kd", "ngram")  # arms with several points or targets, which Holm counts
 COMPETITOR = "control_growth"  # shown, but no control: it uses the teacher too, and explains nothing away
+LONGER = {  # controls of more steps than KD's, compared by their end
+    "control_batch": "CE in smaller batches on as many tokens",
+    "control_extra": "CE with the teacher's time in further steps",
+}
+COUNTED = "time_with_teacher_ms"
 DECLARED = "the teacher's time is declared, not measured"
 
 
@@ -35,6 +43,7 @@ def verdict_rows(reached: list[Reached], rules: Rules, horizon: int, imported: b
             key = place["measure"], place["target"], place["arm"], place["label"]
             groups.setdefault(key, {})[place["seed"]] = found
     points = {label for _, _, arm, label in groups if arm == "kd"}
+    size = Counter((arm, measure) for measure, _, arm, _ in groups if arm in FAMILIES)
     rows = []
     for (measure, target, arm, label), mine in groups.items():
         for (*same, against, other_label), others in groups.items():
@@ -43,7 +52,9 @@ def verdict_rows(reached: list[Reached], rules: Rules, horizon: int, imported: b
             if same == [measure, target] and arm != "ce" and (against == "ce" or control):
                 place = next(iter(mine.values())).place | {"against": against}
                 costs = next(iter(mine.values())).seen
-                rows += [place | _judged(mine, others, cost, rules, imported) for cost in costs]
+                level = rules.p_value / (size[arm, measure] or 1 if against == "ce" else 1)  # Holm's first step
+                asked = dataclasses.replace(rules, p_value=level)  # what seeds could show, and how many it takes
+                rows += [place | _judged(mine, others, cost, asked, imported) for cost in costs]
     _adjust(rows)
     for row in rows:
         adjusted = row["p_sooner"] if row["p_holm"] is None else row["p_holm"]
@@ -57,6 +68,8 @@ def _judged(mine: dict, others: dict, cost: str, rules: Rules, imported: bool) -
     if imported and cost in COSTS[3:]:
         note = note or DECLARED
     pairs = [Pair(mine[seed].seen[cost], others[seed].seen[cost]) for seed in seeds]
+    if pairs and all(UNKNOWN in (pair.arm, pair.other) for pair in pairs):
+        note = note or next(reached.miss for reached in (mine[seeds[0]], others[seeds[0]]) if reached.miss)
     found = Judged(len(pairs), 0, note=note) if note else judge(pairs, rules)
     exact = not note and pairs and found.n_censored == 0
     saved = statistics.fmean(pair.other[0] - pair.arm[0] for pair in pairs) if exact else None
@@ -79,7 +92,7 @@ def _adjust(rows: list[dict]) -> None:
     """Holm over KD's points and targets, for each measure and cost; and over those of KD from n-grams."""
     families: dict[tuple, list[dict]] = {}
     for row in rows:
-        if row["arm"] in ("kd", "ngram") and row["against"] == "ce":
+        if row["arm"] in FAMILIES and row["against"] == "ce":
             families.setdefault((row["arm"], row["measure"], row["cost"]), []).append(row)
     for family in families.values():
         for row, p in zip(family, holm([row["p_sooner"] for row in family]), strict=True):
@@ -97,7 +110,10 @@ def at_the_end(rows: list[dict], point: str | None, control: str) -> dict | None
 
 
 def headline(rows: list[dict], point: str | None) -> dict:
-    """The rows on the judged point at the teacher's target: {measure: {cost: row}}, and those against its controls."""
+    """The rows on the judged point at the teacher's target: {measure: {cost: row}}, and those against its controls.
+
+    The controls are by cost, too; with the teacher's time counted those of LONGER are among them, by their ends.
+    """
     asked = {"arm": "kd", "label": point, "target": TEACHERS}
     found = {
         measure: {cost: find(rows, measure=measure, cost=cost, against="ce", **asked) for cost in COSTS}
@@ -106,22 +122,24 @@ def headline(rows: list[dict], point: str | None) -> dict:
     controls = [
         row
         for row in rows
-        if row["measure"] == "crossing" and row["cost"] == "steps" and row["against"] not in ("ce", "kd", COMPETITOR)
+        if row["measure"] == "crossing" and row["against"] not in ("ce", "kd", COMPETITOR)
         if all(row[key] == value for key, value in asked.items())
     ]
-    return found | {"controls": controls}
+    by_cost = {cost: [row for row in controls if row["cost"] == cost] for cost in ("steps", COUNTED)}
+    by_cost[COUNTED] += [row for arm in LONGER if (row := at_the_end(rows, point, arm))]
+    return found | {"controls": by_cost}
 
 
-def explained_by(rows: list[dict], head: dict) -> tuple[list[str], list[str]]:
-    """Controls that KD is not shown to be sooner than: those that are sooner than CE themselves, and the others.
+def explained_by(rows: list[dict], controls: list[dict]) -> tuple[list[str], list[str]]:
+    """Controls that KD is not shown to be better than: those that are better than CE themselves, and the others.
 
     The first explain KD's gain: what they share with it, such as its LR, is enough for one.
     """
     artefact, open_ = [], []
-    for row in head["controls"]:
+    for row in controls:
         if row["outcome"] != BETTER:
-            same = {key: row[key] for key in ("measure", "target", "label", "cost")}
-            alone = find(rows, arm=row["against"], against="ce", **same)
+            same = {key: row[key] for key in ("measure", "target", "cost")} | {"arm": row["against"], "against": "ce"}
+            alone = find(rows, label=row["label"], **same) or find(rows, **same)  # not each belongs to a point
             (artefact if alone and alone["outcome"] == BETTER else open_).append(row["against"])
     return artefact, open_
 

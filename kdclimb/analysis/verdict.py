@@ -15,10 +15,6 @@ CONTROL_NAMES = {
     "control_tuned": "CE as tuned as KD",
     "control_smooth": "CE with label smoothing",
 }
-LONGER = {  # controls of more steps than KD's, compared by their end
-    "control_batch": "CE in smaller batches on as many tokens",
-    "control_extra": "CE with the teacher's time in further steps",
-}
 TIMES = "times only: "  # before a doubt that steps and tokens don't share
 SAVINGS = {  # what is saved: the column that it is a difference of
     "steps_saved": "steps_to_target",
@@ -91,8 +87,9 @@ def verdict(
     pairs = pair_up(rows, point) if points else []
     both = [pair["kd"] for pair in pairs if pair["outcome"] == "both"]
     head = tests.headline(tested, point)
-    artefact, untold = tests.explained_by(tested, head)
-    alone = not artefact and not untold
+    artefact, untold = tests.explained_by(tested, head["controls"]["steps"])
+    time_artefact, time_untold = tests.explained_by(tested, head["controls"][tests.COUNTED])
+    alone, alone_in_time = not artefact and not untold, not time_artefact and not time_untold
     somebody = any(pair["outcome"] != "neither" for pair in pairs) and any(
         pair["kd"]["status"] == "ok" for pair in pairs
     )
@@ -107,9 +104,11 @@ def verdict(
         "kd_alive": kd_alive(rows, point),
         "kd_pays_steps": tests.pays(head["crossing"]["steps"], alone) if somebody else None,
         "kd_pays_horizon": tests.pays(head["horizon"]["steps"], alone) if somebody else None,
-        "kd_pays_time_with_teacher": tests.pays(head["crossing"]["time_with_teacher_ms"], alone) if somebody else None,
+        "kd_pays_time_with_teacher": tests.pays(head["crossing"][tests.COUNTED], alone_in_time) if somebody else None,
         "explained_by": artefact,
         "not_told_apart_from": untold,
+        "explained_in_time_by": time_artefact,
+        "not_told_apart_in_time_from": time_untold,
         "n_seeds": len(both),
         "point": point,
         "horizon": max((row["horizon"] for row in rows if row["arm"] == "ce"), default=None),
@@ -123,7 +122,7 @@ def verdict(
     result["steps_saved_horizon_mean"] = horizon["saved_mean"] if horizon else None
     boosted = [row for row in rows if row["arm"] == "control_boost" and points and row["label"] == point]
     result["control_boost_steps_saved_mean"] = mean(row["steps_saved"] for row in boosted)
-    ends = [_end_part(tests.at_the_end(tested, point, arm), name) for arm, name in LONGER.items()]
+    ends = [_end_part(tests.at_the_end(tested, point, arm), name) for arm, name in tests.LONGER.items()]
     sentence = _no_comparison(promoted, pairs) or _sentence(result, head, pairs, target)
     result["sentence"] = " ".join(part for part in (sentence, *ends, _projected_part(budget)) if part)
     return result
@@ -214,7 +213,7 @@ def _sentence(result: dict, head: dict, pairs: list[dict], target: dict) -> str:
         text = [_missed_part(counts, pairs, goal, result["horizon"])]
     if counts["both"] and counts["both"] < len(pairs):
         text.append(_other_seeds(counts, len(pairs)))
-    text += [_horizon_part(head["horizon"]["steps"]), _controls_part(result, head)]
+    text += [_horizon_part(head["horizon"]["steps"]), _controls_part(result, head), _timed_controls_part(result, head)]
     return " ".join(part for part in text if part)
 
 
@@ -244,7 +243,7 @@ def _steps_part(result: dict, row: dict, goal: str) -> str:
 def _horizon_part(row: dict | None) -> str:
     if row is None:
         return ""
-    if row["ratio"] is None:
+    if row["ratio"] is None and not row["outcome"]:
         return f"By complete horizons nothing is known: {row['note'] or 'the target lies outside them'}."
     words = {BETTER: "needs a shorter one than CE", WORSE: "needs a longer one than CE"}
     said = words.get(row["outcome"], "is not shown to differ from CE")
@@ -276,9 +275,20 @@ def _controls_part(result: dict, head: dict) -> str:
         "not_told_apart_from": "not told apart",
     }
     parts = [f"{CONTROL_NAMES[arm]} is {words}" for key, words in names.items() for arm in result[key]]
-    if parts or not head["controls"]:
+    controls = head["controls"]["steps"]
+    if parts or not controls:
         return f"Controls: {'; '.join(parts)}." if parts else ""
-    return f"KD is sooner than {', '.join(CONTROL_NAMES[row['against']] for row in head['controls'])}."
+    return f"KD is sooner than {', '.join(CONTROL_NAMES[row['against']] for row in controls)}."
+
+
+def _timed_controls_part(result: dict, head: dict) -> str:
+    """The controls that take from KD what it saves of CE's time, the teacher's counted."""
+    row = head["crossing"][tests.COUNTED]
+    others = [*result["explained_in_time_by"], *result["not_told_apart_in_time_from"]]
+    if row is None or row["outcome"] != BETTER or not others:
+        return ""
+    names = ", ".join((CONTROL_NAMES | tests.LONGER)[arm] for arm in others)
+    return f"In time, the teacher's counted, KD saves against CE, and is not shown to be better than {names}."
 
 
 def _time_part(result: dict) -> str:
@@ -306,7 +316,9 @@ def _missed_part(counts: dict, pairs: list[dict], goal: str, horizon: int) -> st
             "so the steps saved can't be counted."
         )
     if counts["ce"] and not counts["kd"]:
-        return f"KD does not pay: CE reached {goal}, KD did not within {horizon} steps ({best['kd']})."
+        few = len(pairs) < MIN_PAIRS
+        said = f"KD is not judged, since {len(pairs)} seeds are too few" if few else "KD does not pay"
+        return f"{said}: CE reached {goal}, KD did not within {horizon} steps ({best['kd']})."
     if counts["kd"]:
         return f"KD and CE each reached {goal} with seeds where the other did not: nothing to compare."
     return f"Neither KD nor CE reached {goal} within {horizon} steps (KD {best['kd']}. CE {best['ce']})."

@@ -14,6 +14,7 @@ VERDICT = {"point": POINT, "budget_share": 0.4, "kd_alive": ALIVE, "explained_by
 VERDICT |= {"budget_projected_from": None}
 EVEN = dict.fromkeys(BREAK_EVEN_COLUMNS) | {"label": POINT, "target_value": 4.4, "amortize": 10}
 EVEN |= {"teacher_share": 0.12, "overhead": 0.15, "kd_share_of_steps": 0.3, "needed": 0.16, "needed_amortized": 0.05}
+EVEN |= {"cache_share": 0.0}
 TESTED = dict.fromkeys(VERDICT_COLUMNS) | {"arm": "kd", "label": POINT, "against": "ce", "target": "teacher_final_val"}
 TESTED |= {"cost": "steps", "target_value": 4.4, "n_pairs": 3, "n_censored": 0}
 CROSSING = TESTED | {"measure": "crossing", "outcome": "no difference shown", "saved_share": 0.02}
@@ -48,6 +49,7 @@ def test_without_a_teacher_the_nearest_one_is_named():
         ({"measured": 0.08}, "Let several students share the teacher"),
         ({"measured": 0.03}, "Cut the teacher's time first"),
         ({"measured": 0.03, "teacher_share": 0.02}, "Cut what KD adds to a step first"),
+        ({"measured": 0.03, "cache_share": 0.13}, "Cut what the cache takes first"),
     ],
 )
 def test_what_break_even_lacks(cells, what):

@@ -21,7 +21,8 @@ OOM = {"status": "oom", "reason": "9 GiB", "step_ms": []}
 
 def make(folder, arm, losses, seed=0, horizon=100, **values):
     """A run of an arm with these losses at 25, 50, ... steps; a KD step takes 12 ms, another 10."""
-    kd = None if arm in ("ce", "control_boost") else {"random_teacher": arm == "control_random"}
+    of_ce = arm not in ("kd", "screen", "control_random")
+    kd = None if of_ce else {"random_teacher": arm == "control_random"}
     boost = (1.5, 0.15, 0.35) if arm == "control_boost" else None
     config = make_config(horizon, seed, kd=kd, boost=boost, clock=values.pop("config_clock", "measured"))
     values = {
@@ -30,7 +31,8 @@ def make(folder, arm, losses, seed=0, horizon=100, **values):
     } | values
     if values.get("status"):
         values["val"] = []
-    return run_folder(folder, arm, f"CE {horizon}" if arm == "ce" else "T1", config, **values)
+    label = {"ce": f"CE {horizon}", "control_tuned": "LR1.4"}.get(arm, "T1")
+    return run_folder(folder / arm, arm, label, config, **values)  # tuned CE differs by what is left out here
 
 
 def judge(runs, clock="measured", exploratory=False, points=POINTS, budget=BUDGET):
@@ -178,6 +180,53 @@ def test_a_control_that_is_as_slow_as_ce_explains_nothing(tmp_path):
     result = judge(runs)
     assert (result["kd_pays_steps"], result["explained_by"], result["not_told_apart_from"]) == (True, [], [])
     assert result["sentence"].endswith("KD is sooner than CE with KD's LR.")
+
+
+def test_a_control_of_another_label_explains_the_gain_too(tmp_path):
+    runs = pairs(tmp_path, *[(AT_75, AT_50)] * 3)
+    runs += [make(tmp_path, "control_tuned", AT_25, seed) for seed in range(3)]
+    result = judge(runs)
+    assert (result["explained_by"], result["not_told_apart_from"]) == (["control_tuned"], [])
+    assert "CE as tuned as KD is sooner than CE too, and KD is not sooner than it" in result["sentence"]
+
+
+def test_in_time_kd_must_be_better_than_controls_that_need_no_teacher(tmp_path):
+    """Tuned CE takes more steps than KD, and less time than KD and its teacher."""
+    runs = pairs(tmp_path, *[(AT_75, AT_25)] * 3)
+    assert judge(runs)["kd_pays_time_with_teacher"] is True
+    runs += [make(tmp_path, "control_tuned", AT_50, seed) for seed in range(3)]
+    result = judge(runs)
+    assert (result["kd_pays_steps"], result["kd_pays_time_with_teacher"]) == (True, False)
+    assert (result["explained_by"], result["explained_in_time_by"]) == ([], ["control_tuned"])
+    assert "KD is sooner than CE as tuned as KD." in result["sentence"]
+    assert "saves against CE, and is not shown to be better than CE as tuned as KD." in result["sentence"]
+
+
+@pytest.mark.parametrize(("end", "pays"), [(4.2, False), (4.8, True)])
+@pytest.mark.parametrize("arm", ["control_extra", "control_batch"])
+def test_in_time_kd_must_end_below_the_controls_of_more_steps(tmp_path, arm, end, pays):
+    runs = pairs(tmp_path, *[(AT_75, AT_25)] * 3)
+    runs += [make(tmp_path, arm, [*AT_75, end], seed, horizon=125) for seed in range(3)]
+    result = judge(runs)
+    assert (result["kd_pays_steps"], result["kd_pays_time_with_teacher"]) == (True, pays)
+    assert result["explained_in_time_by"] == ([] if pays else [arm]) and result["explained_by"] == []
+
+
+def test_a_control_that_failed_with_one_seed_gives_kd_no_credit(tmp_path):
+    runs = pairs(tmp_path, *[(AT_75, AT_50)] * 3)
+    runs += [make(tmp_path, "control_boost", AT_75, seed, **({} if seed else OOM)) for seed in range(3)]
+    runs += [make(tmp_path, "control_extra", [*AT_75, 4.2], s, horizon=125, **({} if s else OOM)) for s in range(3)]
+    result = judge(runs)
+    assert (result["kd_pays_steps"], result["not_told_apart_from"]) == (False, ["control_boost"])
+    assert "inf" not in result["sentence"] and "nan" not in result["sentence"]
+
+
+def test_the_teacher_alone_reaches_its_own_loss(tmp_path):
+    """It stands there once, at its end."""
+    teacher = make(tmp_path, "teacher", [6.0, 5.5, 5.2, 5.0])
+    selected = TEACHER | {"run_id": teacher.run_id}
+    (found,) = (r for r in compare.reach([teacher], TARGET, selected, 10) if r.place["measure"] == "crossing")
+    assert found.row()["steps"] == 100.0 and found.row()["time_with_teacher_ms"] == 1000.0
 
 
 def test_a_control_with_too_few_seeds_leaves_it_open(tmp_path):

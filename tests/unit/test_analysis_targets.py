@@ -108,6 +108,28 @@ def test_the_shortest_complete_horizon_lies_between_those_that_miss_and_meet_the
     assert row["time_amortized_ms"] - row["time_ms"] == pytest.approx(20.0)
 
 
+def test_a_complete_horizon_has_the_cache_of_its_own_length_and_students_share_the_teacher_alone(tmp_path):
+    runs = ending(tmp_path, 6.0, 5.5, 5.0, arm="kd")
+    for run, cache_ms in zip(runs, (10.0, 20.0, 40.0), strict=True):
+        run.summary["kd_cache_ms"] = cache_ms
+    row = needed(runs, 5.25, cost_ms=80.0).row()
+    cache_ms = 0.2 * row["steps"]  # 141 steps lie between 20 and 40 ms
+    assert row["time_with_teacher_ms"] - row["time_ms"] == pytest.approx(80.0 + cache_ms)
+    assert row["time_amortized_ms"] - row["time_ms"] == pytest.approx(20.0 + cache_ms)
+    crossed = targets.by_crossing(runs[-1], "x", TARGET | {"value": 6.5, "consecutive": 1}, 80.0, 4).row()
+    assert crossed["time_with_teacher_ms"] - crossed["time_ms"] == pytest.approx(80.0 + 40.0)
+    assert crossed["time_amortized_ms"] - crossed["time_ms"] == pytest.approx(20.0 + 40.0)
+    assert needed(runs, 4.0, cost_ms=80.0).seen["time_with_teacher_ms"][0] == pytest.approx(2000 + 40.0 + 80.0)
+
+
+def test_a_run_that_failed_leaves_its_complete_horizons_unknown(tmp_path):
+    runs = ending(tmp_path, 6.0, 5.5, 5.2, 5.0)
+    failed = run_folder(tmp_path / "b", "ce", "T1", make_config(200), status="diverged", reason="loss is nan")
+    found = needed([*runs[:2], failed, runs[3]], 5.25)
+    assert found.seen["steps"] == (0.0, float("inf"))
+    assert found.miss == "1 of 4 runs failed: 200 steps, diverged: loss is nan"
+
+
 def test_a_bump_is_made_monotone(tmp_path):
     """5.0 and 5.2 at 100 and 200 steps become 5.1 at both, so 5.05 is met only after 200."""
     assert needed(ending(tmp_path, 6.0, 5.0, 5.2, 5.0), 5.05).seen["steps"][0] == pytest.approx(200 * 2**0.5)

@@ -33,7 +33,7 @@ def answers(seeds, **savings):
     for _ in range(CAMPAIGNS):
         rows = tested.verdict_rows(campaign(generator, seeds, **savings), RULES, 100, imported=False)
         head = tested.headline(rows, "T1")
-        artefact, untold = tested.explained_by(rows, head)
+        artefact, untold = tested.explained_by(rows, head["controls"]["steps"])
         found.append((tested.pays(head["crossing"]["steps"], not artefact and not untold), artefact, untold))
     return found
 
@@ -70,6 +70,22 @@ def test_holm_counts_every_point_and_target_of_a_family():
     assert len(family) == 4 and RULES.p_value / 4 < min(row["p_sooner"] for row in family) < RULES.p_value
     assert min(row["p_holm"] for row in family) == pytest.approx(4 * min(row["p_sooner"] for row in family))
     assert BETTER not in {row["outcome"] for row in family}  # as 4 times as much is above it
+
+
+def test_seeds_are_asked_for_at_the_level_that_holm_leaves():
+    """With more targets the same pairs need more seeds, since the first of the family must be below its share."""
+    needed = []
+    for targets in ([TEACHERS], [TEACHERS, "4.6", "4.3", "4.1"]):
+        found = []
+        for seed, scale in enumerate((0.93, 0.97, 0.95, 0.99)):
+            for target in targets:
+                found += [reached("ce", seed, (80.0, 80.0), "CE", target)]
+                found += [reached("kd", seed, (80 * scale,) * 2, "T1", target)]
+        rows = tested.verdict_rows(found, RULES, 100, imported=False)
+        needed.append(tested.find(rows, arm="kd", target=TEACHERS))
+    assert needed[0]["ratio"] == needed[1]["ratio"] and needed[0]["p_sooner"] == needed[1]["p_sooner"]
+    assert needed[0]["seeds_needed"] < needed[1]["seeds_needed"]
+    assert needed[0]["smallest_effect"] < needed[1]["smallest_effect"]
 
 
 def test_other_horizons_and_other_points_controls_are_not_compared():

@@ -32,7 +32,7 @@ from kdclimb.artifacts import write_text
 VERDICT_KEYS = (
     "sentence claimable not_claimable_because kd_alive kd_pays_steps kd_pays_time_with_teacher n_seeds steps_saved_min "
     "steps_saved_max budget_share teacher_ms point horizon rules tuning ngram kd_pays_horizon explained_by "
-    "not_told_apart_from within_of_ce within_to_target"
+    "not_told_apart_from explained_in_time_by not_told_apart_in_time_from within_of_ce within_to_target"
 ).split() + [f"{column}_mean" for column in SAVINGS]
 TABLES = {
     "timing": RUN_COLUMNS,

@@ -115,7 +115,13 @@ def _answers(page: Page) -> str:
     if not verdict["point"]:
         return ""
     tested = headline(page.data["tests"], verdict["point"])
-    controls = ", ".join(ARM_NAMES[arm] for arm in verdict["explained_by"] or verdict["not_told_apart_from"])
+    unbeaten = {
+        "Sooner than its controls": [*verdict["explained_by"], *verdict["not_told_apart_from"]],
+        "Better than its controls in time, teacher counted": [
+            *verdict["explained_in_time_by"],
+            *verdict["not_told_apart_in_time_from"],
+        ],
+    }
     asked = {
         "Pays in steps": (verdict["kd_pays_steps"], tested["crossing"]["steps"]),
         "Pays by complete horizons": (verdict["kd_pays_horizon"], tested["horizon"]["steps"]),
@@ -124,8 +130,10 @@ def _answers(page: Page) -> str:
             tested["crossing"]["time_with_teacher_ms"],
         ),
         "Teaches from the first validation on": (verdict["kd_alive"]["kd_below_ce"], None),
-        f"Better than its controls{f' (not than {controls})' if controls else ''}": (not controls, None),
     }
+    for what, arms in unbeaten.items():
+        names = ", ".join(ARM_NAMES[arm] for arm in arms)
+        asked[f"{what} (not than {names})" if arms else what] = (not arms, None)
     items = "".join(f"<li>{escape(what)}: {_answer(*found)}</li>" for what, found in asked.items())
     return f'<ul class="answers" aria-label="What the tests answer">{items}</ul>'
 
@@ -360,6 +368,7 @@ def break_even_section(page: Page) -> str:
         Column("Overhead of a step with KD", quantity("overhead", share)),
         Column("Steps with KD", quantity("kd_share_of_steps", share)),
         Column("Teacher, of CE&rsquo;s time", quantity("teacher_share", share)),
+        Column("Cache", quantity("cache_share", share)),
         Column("Saving needed", quantity("needed", share)),
         Column("needed if shared", quantity("needed_amortized", share)),
         Column("Saving measured", quantity("measured", share)),
