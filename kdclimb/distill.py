@@ -40,6 +40,7 @@ class KDController:
         self.teacher_val = teacher_val if config.teacher_val is None else config.teacher_val
         self.norm = DynamicNorm(config.norm_floor, config.norm_max) if config.dynamic_norm else None
         self.kd_tokens = config.token_frac * schedule.total_tokens(sched)
+        self.peak_lr = max(schedule.base_lr(sched, step) for step in range(sched.horizon))
         self.stop_step: int | None = None
         self.kept: Tensor | None = None  # share of the latest micro-batch's tokens that passed the gate
         self.streak = 0  # validations in a row within the margin
@@ -59,7 +60,7 @@ class KDController:
         if self.config.alpha_schedule == "linear":
             return self.config.alpha * max(0.0, 1.0 - tokens / self.kd_tokens)
         if self.config.alpha_schedule == "lr":
-            return self.config.alpha * schedule.base_lr(self.sched, step) / max(self.sched.batch_lr)
+            return self.config.alpha * schedule.base_lr(self.sched, step) / self.peak_lr
         return self.config.alpha
 
     def target(self, batch: Batch, place: int) -> DenseTeacher | SparseTeacher:
@@ -93,6 +94,7 @@ class KDController:
         mask = sparsify.gate(
             self.config.token_gate,
             self.config.token_gate_frac,
+            self.config.temperature,
             hidden.detach(),
             student.head_weight.detach(),
             student.softcap,
@@ -118,13 +120,9 @@ class KDController:
         """Before each step: why KD stops here, or None. An `infer_only` control keeps its teacher to the end."""
         if not self.active or self.config.infer_only:
             return None
-        if tokens >= self.kd_tokens:
+        if why := schedule.kd_ends(self.sched, self.config, step, tokens):
             self.stop_step = step
-            return f"{self.config.token_frac:g} of the tokens are trained"
-        if self.config.stop_mode == "step" and step >= self.config.stop_frac * self.sched.horizon:
-            self.stop_step = step
-            return f"{self.config.stop_frac:g} of the horizon"
-        return None
+        return why
 
     def observe(self, step: int, val_loss: float) -> str | None:
         """Take note of a validation: why KD stops here, or None."""

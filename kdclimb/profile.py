@@ -12,14 +12,16 @@ import math
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from kdclimb import schedule
 from kdclimb.artifacts import DeviceLease, write_csv
 from kdclimb.attention import choose_backend
-from kdclimb.config import RunConfig
+from kdclimb.config import RunConfig, require
 from kdclimb.data import Dataset
 from kdclimb.provenance import device_kind
 from kdclimb.train import Trainer, fix_order
@@ -91,13 +93,37 @@ def profile(config: RunConfig, dataset: Dataset, teacher: Path | None, cache: Pa
     return times, peaks
 
 
+def compared_steps(configs: list[RunConfig]) -> list[int]:
+    """The steps that have KD in all of these runs that have KD at all, without the first two.
+
+    Raises ConfigError where there is none.
+    """
+    stop = min(config.schedule.stop_step for config in configs)
+    taught = [set(_taught(config)) for config in configs if config.kd]
+    steps = sorted(set(range(2, stop)).intersection(*taught))
+    require(steps, "kd.isolate_steps", stop, "so many that one after the second has KD in each isolate")
+    return steps
+
+
+def _taught(config: RunConfig) -> Iterator[int]:
+    """The run's steps that have a teacher, unless a validation ends KD."""
+    sched, kd, tokens = config.schedule, config.kd, 0
+    for step in range(sched.stop_step):
+        if not kd.infer_only and schedule.kd_ends(sched, kd, step, tokens):
+            return
+        if step % kd.every == 0:
+            yield step
+        tokens += schedule.batch_tokens(sched, step)
+
+
 def write(runs: list[tuple[str, RunConfig, Path | None, Path | None]], manifest: Path, out: Path, threads: int) -> None:
     """Profile (label, config, teacher's checkpoint, cache) one after another into the table `out`.
 
-    Its rows hold a part each; the first two steps of a run are dropped. Runs on one device, warmed up each like the
-    timed isolates.
+    Its rows hold a part each, over the steps of `compared_steps`. Runs on one device, warmed up each like the timed
+    isolates.
     """
     torch.set_num_threads(threads)
+    steps = compared_steps([config for _, config, *_ in runs])
     dataset, rows = Dataset(manifest), []
     for label, config, teacher, cache in runs:
         fix_order(config)  # as the timed run
@@ -108,7 +134,7 @@ def write(runs: list[tuple[str, RunConfig, Path | None, Path | None]], manifest:
         gc.collect()
         if config.device == "cuda":
             torch.cuda.empty_cache()
-        kept = {name: sorted(ms[2:] or ms) for name, ms in times.items()}
+        kept = {name: sorted(ms[i] for i in steps) for name, ms in times.items()}
         step = statistics.median(kept["step"])
         for part in PARTS:
             ms = statistics.median(kept[part])

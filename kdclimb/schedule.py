@@ -33,13 +33,24 @@ def total_tokens(schedule: ScheduleConfig, steps: int | None = None) -> int:
 
 def kd_tokens(schedule: ScheduleConfig, kd: KDConfig) -> int:
     """Tokens of the first steps of the horizon, up to the last that may have KD; validations may stop it sooner."""
-    tokens, most = 0, kd.token_frac * total_tokens(schedule)
-    steps = kd.stop_frac * schedule.horizon if kd.stop_mode == "step" else schedule.horizon
+    tokens = 0
     for step in range(schedule.horizon):
-        if tokens >= most or step >= steps:
+        if kd_ends(schedule, kd, step, tokens):
             break
         tokens += batch_tokens(schedule, step)
     return tokens
+
+
+def kd_ends(schedule: ScheduleConfig, kd: KDConfig, step: int, tokens: int) -> str | None:
+    """Why KD has ended before `step`, before which `tokens` are trained, whatever validations say; None if it has not.
+
+    Shares are compared, since products such as 0.07 * 100 lie above the step that they name.
+    """
+    if tokens / total_tokens(schedule) >= kd.token_frac:
+        return f"{kd.token_frac:g} of the tokens are trained"
+    if kd.stop_mode == "step" and step / schedule.horizon >= kd.stop_frac:
+        return f"{kd.stop_frac:g} of the horizon"
+    return None
 
 
 def windows(schedule: ScheduleConfig, step: int) -> tuple[tuple[int, int] | None, tuple[int, ...]]:
@@ -76,11 +87,11 @@ def base_lr(schedule: ScheduleConfig, step: int) -> float:
     """
     mult = schedule.batch_lr[stage(schedule, step)]
     if schedule.lr_table:
-        return mult * [factor for start, factor in schedule.lr_table if step >= start * schedule.horizon][-1]
+        return mult * [factor for start, factor in schedule.lr_table if step / schedule.horizon >= start][-1]
     left = max(0.0, 1.0 - step / schedule.scheduled)
-    if left >= schedule.cooldown_frac:
+    if left >= schedule.cooldown_frac and left > 0:
         return mult
-    weight = left / schedule.cooldown_frac
+    weight = left / schedule.cooldown_frac if left else 0.0  # the extension is at the floor, after no cooldown too
     return mult * weight + schedule.lr_floor * (1.0 - weight)
 
 

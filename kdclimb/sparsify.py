@@ -60,11 +60,13 @@ def sample(target: DenseTeacher, draws: int, temperature: float, generator: torc
     return SparseTeacher(ids, counts=counts, entropy=entropy)
 
 
-def label_log_probs(hidden: Tensor, head: Tensor, softcap: Softcap | None, labels: Tensor) -> Tensor:
-    """(T,) log-probability of each label at temperature 1."""
+def label_log_probs(
+    hidden: Tensor, head: Tensor, softcap: Softcap | None, labels: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """(T,) log-probability of each label at `temperature`."""
 
     def of_labels(logits: Tensor, rows: slice) -> tuple[Tensor]:
-        return (capped(logits, softcap).log_softmax(dim=1).gather(1, labels[rows, None])[:, 0],)
+        return ((capped(logits, softcap) / temperature).log_softmax(dim=1).gather(1, labels[rows, None])[:, 0],)
 
     return over_logits(hidden, head, of_labels)[0]
 
@@ -82,6 +84,7 @@ def entropies(hidden: Tensor, head: Tensor, softcap: Softcap | None) -> Tensor:
 def gate(
     kind: str,
     share: float,
+    temperature: float,
     hidden: Tensor,
     head: Tensor,
     softcap: Softcap | None,
@@ -90,18 +93,18 @@ def gate(
 ) -> Tensor | None:
     """(T,) bool: the tokens that have KD; None for all. `hidden`, `head` and `softcap` are the student's.
 
-    "teacher_better": where the teacher gives the label more probability than the student does; a label that is not
-    among a sparse teacher's entries counts as given none. "student_entropy": the `share` of the tokens of which the
-    student is least certain.
+    "teacher_better": where the teacher gives the label more probability than the student does, both at `temperature`,
+    at which a sparse teacher was taken; a label that is not among its entries counts as given none. "student_entropy":
+    the `share` of the tokens of which the student is least certain.
     """
     if kind == "none":
         return None
     if kind == "student_entropy":
         entropy = entropies(hidden, head, softcap)
         return entropy >= entropy.topk(max(1, round(share * len(entropy)))).values[-1]
-    ours = label_log_probs(hidden, head, softcap, labels)
+    ours = label_log_probs(hidden, head, softcap, labels, temperature)
     if isinstance(target, DenseTeacher):
-        return label_log_probs(target.hidden, target.head, target.softcap, labels) > ours
+        return label_log_probs(target.hidden, target.head, target.softcap, labels, temperature) > ours
     given = target.log_probs
     if given is None:
         given = (target.counts / target.counts.sum(dim=1, keepdim=True)).log()

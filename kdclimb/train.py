@@ -188,6 +188,7 @@ class Trainer:
             self._warm_up_stages()
             self.kd.stop_step = 0
         self._warm_up_stages()
+        self._warm_up_untied()
         self.reset()
 
     def _warm_up_stages(self) -> None:
@@ -201,6 +202,18 @@ class Trainer:
                 if self.step >= sched.stop_step or (taught and self.kd.advance(self.step, self.tokens)):
                     return
                 self.train_step()
+
+    def _warm_up_untied(self) -> None:
+        """Steps with the head untied, if this run reaches them: Adam has a graph for each kind of parameter."""
+        untie, sched = self.optimizers.untie_step(self.config.schedule.scheduled), self.config.schedule
+        if untie is None or untie >= sched.stop_step:
+            return
+        self.step, self.tokens = untie, schedule.total_tokens(sched, untie)
+        for parameter in self.model.parameters():
+            parameter.grad = None  # what waits for Adam
+        self.optimizers.untie()
+        for _ in range(min(max(WARMUP_STEPS, self.config.optim.adam.every), sched.stop_step - untie)):
+            self.train_step()
 
     def train(self, checkpoint, should_stop, progress) -> None:
         """Train to the stop step. `checkpoint()` is called after validations, `should_stop()` after each step."""

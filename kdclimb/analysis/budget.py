@@ -250,15 +250,26 @@ def _stalled(run: RunFolder) -> float:
     return max(ratios, default=1.0)
 
 
+def _median_of(run: RunFolder, steps: set[int] | None) -> float | None:
+    """Median ms of these of the run's steps, all for None, without the first ones; None if none is left."""
+    each = run.durations()
+    first = len(run.steps) - len(each)
+    kept = [ms for i, ms in enumerate(each, first) if steps is None or i in steps]
+    return statistics.median(kept) if kept else None
+
+
 def kd_isolates(runs: list[RunFolder], out: Path) -> None:
     """Median ms of a step of each timing isolate, and its ratio to the one that trains with CE only.
 
-    The ratio is left empty where the two can't be compared: one failed, or they were timed differently.
+    The steps are those that have KD in all isolates that have KD at all: it may end before they do, and batches grow
+    after it. The ratio is left empty where the two can't be compared: one failed, or they were timed differently.
     """
+    taught = [{i for i, row in enumerate(run.steps) if row["kd_active"]} for run in runs if run.ok and run.config.kd]
+    steps = set.intersection(*taught) if taught else None
     rows = []
     for run in runs:
         row = run.row()
-        rows.append(row | {"step_ms_median": run.step_ms() if run.ok else None, "is_ce": run.config.kd is None})
+        rows.append(row | {"step_ms_median": _median_of(run, steps) if run.ok else None, "is_ce": not run.config.kd})
     ce = next((row for row in rows if row["is_ce"] and row["step_ms_median"] and not is_shared(row)), None)
     for row in rows:
         row["anchor_ms"] = anchor_of(row)

@@ -250,6 +250,7 @@ def _to_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
 if triton is not None:
     LOG2E = tl.constexpr(LOG2_E)
     LN2 = tl.constexpr(math.log(2.0))
+    EPS = tl.constexpr(torch.finfo(torch.float32).eps)  # what 1 less the entries' mass can tell from 0
     MAGIC = tl.constexpr(8388608.0)  # 2^23: added to a float below 2^16, its last 16 bits are the rounded integer
     MAGIC_BITS = tl.constexpr(0x4B000000)
 
@@ -444,7 +445,7 @@ if triton is not None:
             tail = 1.0
             if GHOST:
                 rest = tl.load(entry_rest + row)
-                p_rest = tl.maximum(1.0 - tl.sum(tl.where(is_entry, tl.exp2(log_p), 0.0)), 1e-30)
+                p_rest = tl.maximum(1.0 - tl.sum(tl.where(is_entry, tl.exp2(log_p), 0.0)), EPS)
                 soft -= rest * tl.log(p_rest)
                 tail = 1.0 - rest / p_rest
             tl.store(soft_out + row, tl.where(kept, tau * tau * soft, 0.0))

@@ -50,7 +50,7 @@ class TorchChunks:
             self.log_p = self.soft_z.gather(1, self.picked) / tau - self.log_norm_tau
             if problem.entries.rest is not None:
                 self.rest = self._of_subset(problem.entries.rest).to(self.wide)
-                self.rest_p = (1 - self.log_p.exp().sum(dim=-1)).clamp_min(torch.finfo(self.wide).tiny)
+                self.rest_p = (1 - self.log_p.exp().sum(dim=-1)).clamp_min(torch.finfo(self.wide).eps)
 
     def _of_subset(self, values: Tensor) -> Tensor:
         return values[self.rows] if self.subset is None else values[self.rows][self.subset]

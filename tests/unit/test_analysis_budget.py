@@ -168,14 +168,31 @@ def test_shared_device_elsewhere_or_modelled_is_no_matter(tmp_path):
 
 def test_isolates_are_ratios_to_ce(tmp_path):
     stop = {"stop_step": 5}
+    kd = {"step_ms": [99.0, 99.0, 22.0, 20.0, 24.0], "shares": [0.5] * 5}
     runs = [
         run_folder(tmp_path, "isolate", "CE only", make_config(**stop), step_ms=[99.0, 99.0, 10.0, 12.0, 11.0]),
-        run_folder(tmp_path, "isolate", "CE + KD", make_config(kd={}, **stop), step_ms=[99.0, 99.0, 22.0, 20.0, 24.0]),
+        run_folder(tmp_path, "isolate", "CE + KD", make_config(kd={}, **stop), **kd),
     ]
     budget.kd_isolates(runs, tmp_path / "isolates.csv")
     rows = read_rows(tmp_path / "isolates.csv")
     assert [row["step_ms_median"] for row in rows] == ["11.0", "22.0"]
     assert [row["ratio_to_ce"] for row in rows] == ["1.0", "2.0"]
+
+
+def test_isolates_are_compared_over_the_steps_that_have_kd(tmp_path):
+    """KD ends after the fourth step, and the batch grows: what comes then says nothing of KD."""
+    stop = {"stop_step": 6}
+    times = {"CE only": [9.0, 9.0, 10.0, 10.0, 30.0, 30.0], "CE + KD": [9.0, 9.0, 15.0, 15.0, 30.0, 30.0]}
+    times |= {"CE + teacher inference": [9.0, 9.0, 12.0, 12.0, 36.0, 36.0]}
+    runs = []
+    for label, step_ms in times.items():
+        kd = {"CE only": None, "CE + KD": {}}.get(label, {"infer_only": True})
+        values = {"step_ms": step_ms, "shares": [0.5] * 4}
+        runs.append(run_folder(tmp_path, "isolate", label, make_config(kd=kd, **stop), **values))
+    budget.kd_isolates(runs, tmp_path / "isolates.csv")
+    rows = read_rows(tmp_path / "isolates.csv")
+    assert [row["step_ms_median"] for row in rows] == ["10.0", "15.0", "12.0"]
+    assert [row["ratio_to_ce"] for row in rows] == ["1.0", "1.5", "1.2"]
 
 
 def test_isolates_that_cant_be_compared_have_no_ratio(tmp_path):
@@ -184,7 +201,7 @@ def test_isolates_that_cant_be_compared_have_no_ratio(tmp_path):
     oom = run_folder(
         tmp_path, "isolate", "infer", make_config(kd={"infer_only": True}, **stop), status="oom", reason="x"
     )
-    shared = run_folder(tmp_path, "isolate", "CE + KD", make_config(kd={}, **stop), shared_device=1)
+    shared = run_folder(tmp_path, "isolate", "CE + KD", make_config(kd={}, **stop), shares=[0.5] * 5, shared_device=1)
     budget.kd_isolates([ce, oom, shared], tmp_path / "isolates.csv")
     rows = read_rows(tmp_path / "isolates.csv")
     assert [row["ratio_to_ce"] for row in rows] == ["1.0", "", ""]

@@ -130,7 +130,7 @@ def write_run(runs, config, val=(), step_ms=10.0, status="ok", reason="", shares
         tokens.append(tokens[-1] + batch)
         times.append(times[-1] + duration)
         share = shares[i] if i < len(shares) else ""
-        active = "" if config.kd is None else int(bool(share))
+        active = "" if config.kd is None else int(bool(share) or config.kd.infer_only)
         steps.append([i + 1, tokens[-1], times[-1], 1.0, batch, 1, 1, 5.0, "", "", share, active, 1.0])
     active = "" if config.kd is None else 1
     _write(folder / "steps.csv", STEPS_HEADER, steps)

@@ -97,6 +97,17 @@ def test_compiled_code_meets_one_shape_of_batches_whose_documents_are_now_more_n
     assert {len(batch.documents.cu_seqlens) for batch in batches} == {257}
 
 
+def test_a_later_shard_of_shorter_documents_fits_the_same_shape(monkeypatch):
+    monkeypatch.setattr(Documents, "of", Documents.padded)
+    rng = np.random.default_rng(0)
+    shards = [
+        np.concatenate([[0, *rng.integers(1, 99, length)] for _ in range(600)]).astype(np.uint16) for length in (70, 15)
+    ]
+    packer = Packer(shards, bos=0, max_doc_tokens=80, seed=1)
+    batches = [packer.next_batch(8192, "cpu") for _ in range(6)]
+    assert packer.cursor[1] == 1 and len({len(batch.documents.cu_seqlens) for batch in batches}) == 1
+
+
 def test_slabs_leave_nothing_out_and_keep_documents_apart(manifest):
     dataset = Dataset(manifest)
     stream = np.concatenate(dataset.shards("val"))

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kdclimb import distill
+from kdclimb import distill, schedule
 from kdclimb.artifacts import seal, write_json
 from kdclimb.data import Dataset
 from kdclimb.distill import KDController
@@ -116,6 +116,26 @@ def test_kd_stops_by_tokens_by_step_or_not_at_all(kd_config):
     assert not control.advance(sched.horizon, 10**9) and control.active
 
 
+@pytest.mark.parametrize(
+    ("horizon", "frac"), [(100, 0.07), (100, 0.55), (50, 0.14), (150, 0.34), (200, 0.28), (100, 0.5)]
+)
+def test_kd_has_the_steps_that_its_share_names(kd_config, horizon, frac):
+    """0.07 * 100 is more than 7, which is no reason for an eighth step."""
+    sched = dataclasses.replace(kd_config.schedule, horizon=horizon, stop_step=horizon, batch_tokens=(256, 256))
+    for changes in ({"token_frac": frac, "stop_mode": "none"}, {"stop_mode": "step", "stop_frac": frac}):
+        config = dataclasses.replace(kd_config.kd, **changes)
+        kd = KDController(config, None, VAL, sched)
+        first = next(step for step in range(horizon) if kd.advance(step, 256 * step))
+        assert first == round(frac * horizon) == schedule.kd_tokens(sched, config) / 256
+
+
+def test_alpha_that_follows_the_lr_is_whole_at_its_largest(kd_config):
+    sched = dataclasses.replace(kd_config.schedule, lr_table=((0.0, 3.0), (0.5, 1.0)), batch_lr=(1.0, 1.0))
+    for each in (sched, dataclasses.replace(kd_config.schedule, cooldown_frac=0.9, batch_lr=(1.0, 1.7))):
+        kd = KDController(dataclasses.replace(kd_config.kd, alpha=0.6, alpha_schedule="lr"), None, VAL, each)
+        assert max(kd.alpha(step, 0) for step in range(each.horizon)) == pytest.approx(0.6)
+
+
 def test_a_teacher_for_some_steps_and_micro_batches(kd_config):
     kd = controller(kd_config, every=3, micro_batches=2)
     assert [kd.micro_batches(step, 4) for step in range(7)] == [2, 0, 0, 2, 0, 0, 2]
@@ -127,8 +147,10 @@ def test_a_teacher_for_some_steps_and_micro_batches(kd_config):
 def test_alphas_schedules_by_hand(kd_config):
     kd = controller(kd_config, alpha=0.6, alpha_schedule="linear", token_frac=0.5)
     assert [kd.alpha(0, share * kd.kd_tokens) for share in (0.0, 0.5, 1.0, 1.5)] == pytest.approx([0.6, 0.3, 0.0, 0.0])
-    kd = controller(kd_config, alpha=0.6, alpha_schedule="lr")  # its LR is 1, then 1.2, then falls to the floor of 0.1
-    assert [kd.alpha(step, 0) for step in (0, 75)] == pytest.approx([0.6 / 1.2, 0.6 * 0.1 / 1.2])
+    kd = controller(kd_config, alpha=0.6, alpha_schedule="lr")
+    left = (1 - 38 / 75) / kd_config.schedule.cooldown_frac  # of its cooldown, when the stage at 1.2 begins
+    most = 1.2 * left + 0.1 * (1 - left)  # its largest LR; it was 1, and falls to the floor of 0.1
+    assert left < 1 < most and [kd.alpha(step, 0) for step in (0, 75)] == pytest.approx([0.6 / most, 0.6 * 0.1 / most])
     assert controller(kd_config, alpha=0.6, alpha_schedule="constant").alpha(70, 10**9) == 0.6
 
 

@@ -312,6 +312,32 @@ def test_ghost_and_full_support_meet_the_exact_loss():
         assert relative(sparse[1], dense[1]) < 1e-4
 
 
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_a_student_that_is_sure_of_the_entries_keeps_a_finite_ghost(implementation):
+    """In fp32 one less what the entries have is 0 or noise, below what the student leaves to all other words."""
+    logits = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    logits[:, :ENTRIES] += 22.0
+    logits = logits.bfloat16()
+    log_probs = torch.full((8, ENTRIES), math.log(0.999 / ENTRIES))
+    found = {}
+    dtypes = {"reference": torch.float64, "torch": torch.float32, "triton": torch.bfloat16}
+    for with_ in ("reference", implementation):
+        dtype = dtypes[with_]
+        hidden = torch.eye(8, 16, dtype=dtype).requires_grad_()
+        head = torch.cat([logits.T, torch.zeros(64, 8)], dim=1).to(dtype)
+        target = SparseTeacher(torch.arange(ENTRIES).repeat(8, 1), log_probs=log_probs)
+        options = {"hard_weight": 0.0, "soft_weight": 1.0, "implementation": with_}
+        loss = distill_loss(hidden, head, target, torch.zeros(8, dtype=torch.long), **options)
+        loss.total.backward()
+        found[with_] = loss.soft.item(), hidden.grad
+    (truth, gradient), (soft, fast) = found["reference"], found[implementation]
+    assert soft == pytest.approx(truth, rel=0.1)
+    atol = (
+        1e-4 if implementation == "torch" else 1e-2
+    )  # sums of logits near 22, each times what bf16 holds of a probability
+    torch.testing.assert_close(fast.double(), gradient, rtol=1e-2, atol=atol)
+
+
 def test_multi_token_weights_reach_ahead_and_stop_at_the_end():
     eye, logits = torch.eye(5, dtype=torch.float64), torch.zeros(3, 5, dtype=torch.float64)
     labels = torch.tensor([0, 1, 2])

@@ -216,6 +216,8 @@ def test_tying_follows_untie_frac(tiny):
     tied = model(tiny, untie_frac=0.5)
     assert tied.head_weight is tied.embed and tied.untie_step(75) == 38
     assert model(tiny, untie_frac=1.0).untie_step(75) is None
+    assert model(tiny, untie_frac=0.68).untie_step(150) == 102  # whose product lies above 102
+    assert model(tiny, untie_frac=0.6667).untie_step(155) == 104
 
 
 def test_lr_schedule_by_hand():
@@ -226,6 +228,10 @@ def test_lr_schedule_by_hand():
     assert [schedule.base_lr(sched, s) for s in (0, 49, 50, 60)] == [1.0, 1.0, 1.5, 1.5]
     assert schedule.base_lr(sched, 80) == pytest.approx(1.5 * 0.5 + 0.1 * 0.5)
     assert schedule.base_lr(sched, 100) == pytest.approx(0.1)
+    without = dataclasses.replace(sched, cooldown_frac=0.0, extension_frac=0.1)
+    assert [schedule.base_lr(without, s) for s in (0, without.scheduled - 1, 99)] == [1.0, 1.5, 0.1]
+    table = dataclasses.replace(sched, lr_table=((0.0, 1.0), (0.07, 0.5)), batch_lr=(1.0, 1.0))
+    assert [schedule.base_lr(table, s) for s in (6, 7)] == [1.0, 0.5]
 
 
 def test_the_legacy_table_is_a_schedule_at_any_horizon():

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,6 +113,38 @@ def test_blocks_and_few_tokens_change_nothing_but_what_is_counted(dataset, confi
     (shard,) = dataset.shards("train")
     single = Counter(shard[:2500].tolist())
     assert few.unigram.tolist() == pytest.approx([(single[v] + 1) / (2500 + 384) for v in range(384)])
+
+
+@pytest.mark.parametrize(("lengths", "beyond"), [((2500, 2500), 2500), ((900, 1600, 900), 2500), ((5000,), 2499)])
+def test_at_the_limit_of_tokens_each_triple_has_its_pair(dataset, configs, lengths, beyond):
+    """A whole shard of just so many tokens, or a limit within one; a triple there whose second pair is nowhere else."""
+    (shard,) = dataset.shards("train")
+    ends, tokens = [0, *itertools.accumulate(lengths)], shard[: sum(lengths)].copy()
+    tokens[tokens == 383] = 1
+    pairs = Counter(pair for pair in itertools.pairwise(tokens[:2500].tolist()) if dataset.bos not in pair)
+    tokens[beyond : beyond + 3] = (*pairs.most_common(1)[0][0], 383)
+    shards = [tokens[start:end] for start, end in itertools.pairwise(ends)]
+    few = SimpleNamespace(shards=lambda split: shards, bos=dataset.bos)
+    table = count(few, dataclasses.replace(configs[3], tokens=2500, entries=384))
+    sums = table.log_probs.double().exp().sum(dim=1)
+    assert sums.tolist() == pytest.approx([1.0] * len(sums), abs=1e-5)
+    counted = Counter(tokens[:2500].tolist())
+    assert table.unigram.tolist() == pytest.approx([(counted[v] + 1) / (2500 + 384) for v in range(384)])
+
+
+def test_the_clock_counts_and_does_not_verify(manifest, configs, monkeypatch):
+    seen = []
+    real = Dataset.shards
+
+    def shards(self, split):
+        seen.append(now[0])
+        return real(self, split)
+
+    now = [0.0]
+    monkeypatch.setattr(Dataset, "shards", shards)
+    monkeypatch.setattr(count_ngrams.time, "perf_counter", lambda: now.__setitem__(0, now[0] + 1.0) or now[0])
+    count_ngrams.timed_count(Dataset(manifest), configs[2])
+    assert seen[0] == 0.0  # before the first look at the clock
 
 
 def test_a_batch_is_looked_up_by_its_tokens(dataset, configs, batches):

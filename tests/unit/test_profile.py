@@ -7,6 +7,7 @@ import time
 import pytest
 
 from kdclimb import profile
+from kdclimb.config import ConfigError
 from kdclimb.data import Dataset
 from kdclimb.train import Trainer
 
@@ -62,3 +63,13 @@ def test_the_table_has_a_row_for_each_part_of_each_isolate(isolates, manifest, t
         of_label = [row for row in rows if row["label"] == label]
         assert sum(float(row["share_of_step"]) for row in of_label) == pytest.approx(1.0)
         assert {row["steps"] for row in of_label} == {"1"}
+
+
+def test_the_steps_are_those_that_have_kd_in_all_isolates(isolates):
+    config = isolates["CE + KD"]
+    assert set(profile.compared_steps(list(isolates.values()))) <= set(range(2, config.schedule.stop_step))
+    early = dataclasses.replace(config, kd=dataclasses.replace(config.kd, stop_mode="step", stop_frac=0.06))
+    assert profile.compared_steps([config]) == [2, 3] and profile.compared_steps([config, early]) == [2]  # of 50 steps
+    never = dataclasses.replace(config, kd=dataclasses.replace(config.kd, every=config.schedule.stop_step))
+    with pytest.raises(ConfigError, match="kd.isolate_steps"):
+        profile.compared_steps([config, never])

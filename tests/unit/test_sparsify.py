@@ -56,22 +56,34 @@ def test_label_log_probs_and_entropies(sides):
 def test_teacher_better_is_where_the_label_is_likelier_to_the_teacher(sides):
     hidden, head, teacher, labels, ours, theirs = sides
     ours, theirs = (x.log_softmax(dim=1)[torch.arange(T), labels] for x in (ours, theirs))
-    kept = gate("teacher_better", 0.1, hidden, head, CAP, teacher, labels)
+    kept = gate("teacher_better", 0.1, 1.0, hidden, head, CAP, teacher, labels)
     assert torch.equal(kept, theirs > ours) and 0 < kept.sum() < T
     sparse = top_k(teacher, 5, 1.0, "ghost")
     held = (sparse.ids == labels[:, None]).any(dim=1)
-    kept = gate("teacher_better", 0.1, hidden, head, CAP, sparse, labels)
+    kept = gate("teacher_better", 0.1, 1.0, hidden, head, CAP, sparse, labels)
     assert torch.equal(kept, held & (theirs > ours)) and 0 < kept.sum() < held.sum() < T
     nothing = SparseTeacher(sparse.ids, log_probs=torch.full_like(sparse.log_probs, -torch.inf))
-    assert not gate("teacher_better", 0.1, hidden, head, CAP, nothing, labels).any()
+    assert not gate("teacher_better", 0.1, 1.0, hidden, head, CAP, nothing, labels).any()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_teacher_better_compares_both_at_one_temperature(sides, temperature):
+    hidden, head, teacher, labels, *logits = sides
+    ours, theirs = ((x / temperature).log_softmax(dim=1)[torch.arange(T), labels] for x in logits)
+    whole = top_k(teacher, len(head), temperature, "ghost")
+    for target in (teacher, whole):
+        kept = gate("teacher_better", 0.1, temperature, hidden, head, CAP, target, labels)
+        assert torch.equal(kept, theirs > ours)
+    himself = DenseTeacher(hidden, head, CAP)
+    assert not gate("teacher_better", 0.1, temperature, hidden, head, CAP, himself, labels).any()
 
 
 def test_student_entropy_keeps_the_share_that_is_least_certain(sides):
     hidden, head, teacher, labels, *_ = sides
-    kept = gate("student_entropy", 0.3, hidden, head, CAP, teacher, labels)
+    kept = gate("student_entropy", 0.3, 1.0, hidden, head, CAP, teacher, labels)
     entropy = entropies(hidden, head, CAP)
     assert kept.sum() == round(0.3 * T) and entropy[kept].min() > entropy[~kept].max()
-    assert gate("none", 0.3, hidden, head, CAP, teacher, labels) is None
+    assert gate("none", 0.3, 1.0, hidden, head, CAP, teacher, labels) is None
 
 
 def first_steps(config, dataset, teacher_folder, **changes):

@@ -567,6 +567,14 @@ def test_no_graph_is_made_inside_the_clock(source, taught, manifest, monkeypatch
     config = dataclasses.replace(
         config, kd=dataclasses.replace(config.kd, stop_margin=9.0, stop_min_step=50, stop_consecutive=1)
     )
+    kinds = [
+        dataclasses.replace(group, kinds=tuple(k for k in group.kinds if k != "head"))
+        for group in config.optim.adam.groups
+    ]
+    head = next(group for group in config.optim.adam.groups if "head" in group.kinds)
+    groups = (*(group for group in kinds if group.kinds), dataclasses.replace(head, kinds=("head",), beta1=0.3))
+    optim = dataclasses.replace(config.optim, adam=dataclasses.replace(config.optim.adam, groups=groups))
+    config = dataclasses.replace(config, optim=optim)  # so that the untied head is no parameter like another
     trainer = Trainer(config, Dataset(manifest), teacher_folder, "torch_varlen", cache)
     before = compiled_graphs()
     trainer.options["compiled"] = True
