@@ -253,20 +253,24 @@ def forget(args: argparse.Namespace) -> str:
     """
     results = args.results
     if args.run and args.run.startswith(PREFIX):
-        raise ValueError(f"kdclimb retry: {args.run} was imported, not trained: import-teacher makes it again")
+        command = "import" if args.run.startswith(f"{PREFIX}log-") else "import-teacher"
+        raise ValueError(f"kdclimb retry: {args.run} was imported, not trained: {command} makes it again")
     folders = [f.parent for f in sorted(results.glob("runs/*/status.json")) if _matches(f, args.status, args.run)]
-    if not folders:
-        asked = f"status {args.status}" if args.status else f"id {args.run}"
-        raise ValueError(f"kdclimb retry: no run with {asked} under {results}/runs")
-    names = [folder.name for folder in folders]
-    for campaign in results.iterdir():
+    names = [folder.name for folder in folders] or [args.run] * bool(args.run)  # whose folder may be gone
+    lost = [] if folders else names
+    for campaign in results.iterdir() if results.is_dir() else ():
         tables = list(campaign.rglob("*.csv")) if campaign.name not in ("runs", "data", "caches") else []
         naming = [table for table in tables if any(name in table.read_text(errors="replace") for name in names)]
         for file in (*naming, *([campaign / "report/index.html"] if naming else [])):
             file.unlink(missing_ok=True)
+            lost = []
+    if lost or not names:
+        asked = f"status {args.status}" if args.status else f"id {args.run}"
+        raise ValueError(f"kdclimb retry: no run with {asked} under {results}/runs")
     for folder in folders:
         shutil.rmtree(folder)
-    return "\n".join([*(f"forgotten: {folder}" for folder in folders), "the next ./run makes them again"])
+    said = [f"forgotten: {folder}" for folder in folders] or [f"forgotten: {args.run}, which has no result here"]
+    return "\n".join([*said, "the next ./run makes them again"])
 
 
 def _matches(file: Path, status: str | None, run_id: str | None) -> bool:

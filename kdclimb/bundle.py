@@ -279,8 +279,10 @@ def _told(index: Index, results: Path, runs: dict[str, dict], written: int, kept
         lines.append(f"caches of teachers' targets not here: {gone}; to train from one, delete its folder first")
     for manifest in (results / entry.path for entry in index.files if entry.path.startswith("data/")):
         if not _has_tokens(manifest):
-            lines.append("no tokens are here; before a training make them, as old as the data of these runs:")
-            lines.append(f"  ./run --force {manifest} && touch -d @{int(manifest.stat().st_mtime)} {manifest}")
+            lines.append("no tokens are here; before a training make them, as old as the data of these runs (CONFIG:")
+            lines.append("this campaign's files, none for config/config.yaml alone):")
+            made = f"./run --force {manifest} --configfile CONFIG"
+            lines.append(f"  {made} && touch -d @{int(manifest.stat().st_mtime)} {manifest}")
     return "\n".join(lines)
 
 

@@ -145,6 +145,13 @@ def _check_shapes(campaign: Campaign) -> None:
             f"above every {name}.hold_frac ({list(grid.hold_frac)})",
         )
     _check_controls(campaign)
+    words = campaign.data.vocab_size
+    require(
+        kd.top_k <= words and (kd.top_k > 0 or kd.cache != "top_k"),
+        "kd.top_k",
+        kd.top_k,
+        f"0 for none (but with kd.cache: top_k), and up to the vocabulary's {words:,}",
+    )
     require(
         kd.screen_seed not in train.seeds,
         "kd.screen_seed",

@@ -15,6 +15,7 @@ from functools import cached_property
 from kdclimb.config import (
     BoostConfig,
     CacheConfig,
+    ConfigError,
     DataRef,
     KDConfig,
     ModelConfig,
@@ -226,7 +227,7 @@ class Expansion:
     def student(self) -> ModelConfig:
         student, layers = self.campaign.student, self.campaign.student.num_layers
         counted = {name: _from_start(getattr(student, name), layers) for name in LAYER_LISTS}
-        return ModelConfig(vocab_size=self.data.vocab_size, **dataclasses.asdict(student) | counted)
+        return self._model("student", dataclasses.asdict(student) | counted)
 
     def teacher(self, shape: Candidate) -> ModelConfig:
         """The student's parts at the candidate's shape, as far as it has such layers; tables are the teacher's own.
@@ -247,7 +248,14 @@ class Expansion:
             "bigram_vocab_size": section.bigram_vocab_size,
         }
         shapes = {"num_layers": layers, "num_heads": shape.num_heads, "head_dim": shape.head_dim}
-        return ModelConfig(vocab_size=self.data.vocab_size, **dataclasses.asdict(student) | counted | changes | shapes)
+        return self._model("teacher", dataclasses.asdict(student) | counted | changes | shapes)
+
+    def _model(self, section: str, values: dict) -> ModelConfig:
+        """Of a section of the config, which its error names."""
+        try:
+            return ModelConfig(vocab_size=self.data.vocab_size, **values)
+        except ConfigError as error:
+            raise ConfigError(f"{section}.{error}") from error
 
     def run(
         self, arm, label, *, horizon, seed, model=None, stop_step=None, boost=None, kd=None, cached=False,

@@ -9,7 +9,7 @@ import csv
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -96,12 +96,14 @@ def _reason(said: str, logs: list[Path]) -> tuple[str, str, str]:
     return " ".join(said.split()) or "its command failed", "", ""
 
 
-def write_failures(path: Path, rows: list[dict]) -> list[dict]:
+def write_failures(path: Path, rows: list[dict], asked: Callable[[str], bool] = lambda made: True) -> list[dict]:
     """Keep the table of jobs that left no result, and return it: `rows`, of this start, and those of earlier ones whose
-    files are still missing. There is no such file when there is no such job.
+    files are still missing, and still `asked` for: another config may need others. There is no such file when there is
+    no such job.
     """
     known = {row["made"] for row in rows}
-    rows = [row for row in read_failures(path) if row["made"] not in known] + list(filter(_is_missing, rows))
+    earlier = [row for row in read_failures(path) if row["made"] not in known and asked(row["made"])]
+    rows = earlier + list(filter(_is_missing, rows))
     if rows:
         write_csv(path, list(JOB_COLUMNS), rows)
     else:

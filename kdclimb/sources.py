@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from kdclimb.artifacts import sha256, write_json
-from kdclimb.config import canonical_json
+from kdclimb.config import canonical_json, require
 from kdclimb.shards import count_tokens, document_lengths
 from kdclimb.text import kind, list_files, read_documents
 from kdclimb.waiting import waiting
@@ -35,7 +35,11 @@ def shard_files(shards, root: Path) -> dict[str, list[Path]]:
     """{part: files that match its glob}, sorted. `shards`: the config's section, or its dict."""
     globs = shards if isinstance(shards, dict) else vars(shards)
     with waiting(f"data.shards: {globs['train']}, {globs['val']}"):
-        return {part: sorted(Path(name) for name in glob.glob(str(root / globs[part]))) for part in PARTS}
+        found = {part: sorted(Path(name) for name in glob.glob(str(root / globs[part]))) for part in PARTS}
+    for part, paths in found.items():
+        folder = any(path.is_dir() for path in paths)
+        require(not folder, f"data.shards.{part}", globs[part], "a glob that matches files alone, such as shards/*.bin")
+    return found
 
 
 def data_spec(data, root: Path) -> dict:

@@ -338,6 +338,20 @@ def runs_of(failure):
     return {"train": one, "train_batch": batched.get(made.stem, [])}.get(failure.rule, [])
 
 
+def still_asked(made):
+    """Whether the campaign, as it is now and as far as it is decided, asks for this file, folder or batch of runs."""
+    place = Path(made).parts
+    if place[:2] == ("results", "runs"):
+        return place[2] in {run.run_id for run in runs(*ALL_ARMS)} | set(expand_runs()[1])
+    if place[:2] == ("results", "data"):
+        return place[2] == Path(DATA).name
+    if place[:2] == ("results", "caches"):
+        return place[2] in expansion.caches(CAMPAIGN, decisions(), Path(DATA).name)
+    if Path(made).parent == Path(RESULTS, "batches"):
+        return Path(made).stem in expand_runs()[2]
+    return True
+
+
 def tell_failed():
     """Say which jobs left no result, and why, and keep that for status and report.
 
@@ -358,7 +372,7 @@ def tell_failed():
             if batch and ended and all(ended):
                 write_batch(Path(failure.made), folders)
         rows.append(failure.row(folder.name for folder in folders))
-    for row in write_failures(Path(RESULTS, FAILURES), rows):
+    for row in write_failures(Path(RESULTS, FAILURES), rows, still_asked):
         tail = "".join(f"\n    {line}" for line in row["log_tail"].splitlines())
         print(f"kdclimb: {row['rule']} left no {row['made']}: {row['reason']}{tail}", file=sys.stderr)
 

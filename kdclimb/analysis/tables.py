@@ -136,7 +136,8 @@ class RunFolder:
         try:
             status = artifacts.read_sealed(folder / "status.json", remedy(folder), or_plain=True)
         except OSError as error:
-            raise AnalysisError(f"{folder / 'status.json'}: can't be read: {error.strerror}") from error
+            place = folder / "status.json"
+            raise AnalysisError(f"{place}: can't be read: {error.strerror}; {remedy(folder)}") from error
         except Damaged as error:
             raise AnalysisError(str(error)) from error
         missing = [key for key in ("status", "reason") if key not in status]

@@ -141,7 +141,8 @@ def test_what_goes_in_comes_out(bundle, results, tmp_path, capsys, ending, weigh
         k: there[k] for k in there.keys() - left
     }
     assert len(marks) == (0 if weights else len(RUNS) - 1) and ("no weights here" in told) is not weights
-    assert "no tokens are here" in told
+    manifest = tmp_path / f"here/data/{DATA}/manifest.json"
+    assert "no tokens are here" in told and f"./run --force {manifest} --configfile CONFIG && touch -d @" in told
     assert all((tmp_path / "here/runs" / run_id / "checkpoints").is_dir() for run_id in RUNS)  # the failed one too
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from contextlib import nullcontext
 
 import pytest
+import yaml
 from configs import ROOT, merged
 
 from kdclimb import campaign, expansion, sections
@@ -52,6 +53,51 @@ def shared(overlay):
         for name, members in jobs.items()
     }
     return jobs, tokens, {run.run_id for run in runs} - set(inside)
+
+
+def choices(schema, path=()):
+    """(path, value) of each value of each key of the schema that has a list of them."""
+    for value in schema.get("enum", ()):
+        yield path, value
+    for key, inner in schema.get("properties", {}).items():
+        yield from choices(inner, (*path, key))
+
+
+SCHEMA = yaml.safe_load((ROOT / "config/schema.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), [pytest.param(*c, id=".".join([*c[0], str(c[1])])) for c in choices(SCHEMA)]
+)
+def test_a_choice_is_refused_at_once_or_has_all_its_runs(path, value):
+    """Before anything runs, not once a teacher is selected."""
+    overlay = value
+    for key in reversed(path):
+        overlay = {key: overlay}
+    try:
+        config = campaign.load(merged("tests/tiny.yaml", overlay), ROOT)
+    except ConfigError as error:
+        assert str(error).startswith(path[0])
+    else:
+        expand_all(config)
+
+
+@pytest.mark.parametrize(
+    ("overlay", "error"),
+    [
+        ({"kd": {"cache": "top_k"}}, "kd.top_k: 0 is not allowed"),
+        ({"kd": {"cache": "top_k", "top_k": 1000}}, "kd.top_k: 1000 is not allowed; .* vocabulary's 384"),
+        ({"student": {"bigram_vocab_size": 1}}, "^student.bigram_vocab_size: 1"),
+        ({"teacher": {"bigram_vocab_size": 1}}, "^teacher.bigram_vocab_size: 1"),
+        ({"student": {"skip": [2, 0]}}, "^student.skip"),
+        ({"campaign": "README.md"}, "campaign"),
+        ({"data": {"source": "shards", "shards": {"train": "docs", "val": "docs"}}}, "data.shards.train: 'docs'"),
+    ],
+)
+def test_what_would_fail_later_is_refused_by_its_key(overlay, error):
+    with pytest.raises(ConfigError, match=error):
+        config = campaign.load(merged("tests/tiny.yaml", overlay), ROOT)
+        campaign.data_id(config, ROOT)
 
 
 def test_short_runs_of_a_stage_share_jobs_that_take_about_as_long():

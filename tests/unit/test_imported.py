@@ -267,7 +267,9 @@ def test_retry_leaves_it_alone(tmp_path, capsys):
     run = write_imported(tmp_path / "runs", make_imported())
     assert cli.main(["retry", "--status", "ok", "--results", str(tmp_path)]) == 1
     assert cli.main(["retry", "--run", run.run_id, "--results", str(tmp_path)]) == 1
-    assert "was imported, not trained" in capsys.readouterr().err and run.folder.is_dir()
+    assert "was imported, not trained: import-teacher" in capsys.readouterr().err and run.folder.is_dir()
+    assert cli.main(["retry", "--run", "imported-log-a-0123", "--results", str(tmp_path)]) == 1
+    assert "was imported, not trained: import makes it again" in capsys.readouterr().err
 
 
 def test_it_travels_in_a_bundle_whatever_code_imported_it(tmp_path, capsys):

@@ -121,6 +121,17 @@ def test_retry_forgets_by_status_or_id_and_says_when_there_is_none(tmp_path, cap
     assert main([*arguments, "--run", "b"]) == 0 and not list((tmp_path / "runs").iterdir())
 
 
+def test_retry_by_id_forgets_a_run_whose_folder_is_gone(tmp_path, capsys):
+    """Its tables and its job's would else say for ever that it is made."""
+    for place in ("c1/batches/ce-1of1.csv", "c1/ce/timing.csv", "c1/tables/other.csv", "c1/report/index.html"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text("run_id\n" + ("b" if "other" in place else "gone") + "\n")
+    assert main(["retry", "--results", str(tmp_path), "--run", "gone"]) == 0
+    assert [p.name for p in tmp_path.rglob("*.*")] == ["other.csv"]
+    assert main(["retry", "--results", str(tmp_path), "--run", "gone"]) == 1
+    assert "no run with id gone" in capsys.readouterr().err
+
+
 def test_gpus_of_one_node_are_told_apart(monkeypatch):
     """Jobs beside each other on a node's GPUs share no device, though the GPUs have one name."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
