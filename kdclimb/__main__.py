@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import shlex
 import shutil
 import sys
@@ -245,7 +246,8 @@ def bring(args: argparse.Namespace) -> str:
 
 
 def forget(args: argparse.Namespace) -> str:
-    """Delete the folders of the runs with this status or id, and say which. Raises ValueError if there is none.
+    """Delete the folders of the runs with this status or id, and say which. Raises ValueError if there is none, and no
+    table names the id either.
 
     With them go the campaigns' tables that name such a run, and those campaigns' report pages: Snakemake makes a
     missing file again only if something that it was asked for is missing too. Imported teachers stay, since no ./run
@@ -257,14 +259,15 @@ def forget(args: argparse.Namespace) -> str:
         raise ValueError(f"kdclimb retry: {args.run} was imported, not trained: {command} makes it again")
     folders = [f.parent for f in sorted(results.glob("runs/*/status.json")) if _matches(f, args.status, args.run)]
     names = [folder.name for folder in folders] or [args.run] * bool(args.run)  # whose folder may be gone
-    lost = [] if folders else names
+    whole = re.compile("|".join(rf"(?<![\w.-]){re.escape(name)}(?![\w-]|\.\w)" for name in names) or r"(?!)")
+    found = bool(folders)
     for campaign in results.iterdir() if results.is_dir() else ():
         tables = list(campaign.rglob("*.csv")) if campaign.name not in ("runs", "data", "caches") else []
-        naming = [table for table in tables if any(name in table.read_text(errors="replace") for name in names)]
+        naming = [table for table in tables if whole.search(table.read_text(errors="replace"))]
         for file in (*naming, *([campaign / "report/index.html"] if naming else [])):
             file.unlink(missing_ok=True)
-            lost = []
-    if lost or not names:
+        found |= bool(naming)
+    if not found:
         asked = f"status {args.status}" if args.status else f"id {args.run}"
         raise ValueError(f"kdclimb retry: no run with {asked} under {results}/runs")
     for folder in folders:

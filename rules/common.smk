@@ -342,7 +342,7 @@ def still_asked(made):
     """Whether the campaign, as it is now and as far as it is decided, asks for this file, folder or batch of runs."""
     place = Path(made).parts
     if place[:2] == ("results", "runs"):
-        return place[2] in {run.run_id for run in runs(*ALL_ARMS)} | set(expand_runs()[1])
+        return place[2] in {run.run_id for run in runs(*ALL_ARMS)}
     if place[:2] == ("results", "data"):
         return place[2] == Path(DATA).name
     if place[:2] == ("results", "caches"):

@@ -316,8 +316,8 @@ def _missed_part(counts: dict, pairs: list[dict], goal: str, horizon: int) -> st
             "so the steps saved can't be counted."
         )
     if counts["ce"] and not counts["kd"]:
-        few = len(pairs) < MIN_PAIRS
-        said = f"KD is not judged, since {len(pairs)} seeds are too few" if few else "KD does not pay"
+        few = f"KD is not judged, with {len(pairs)} of the {MIN_PAIRS} seeds that this needs"
+        said = few if len(pairs) < MIN_PAIRS else "KD does not pay"
         return f"{said}: CE reached {goal}, KD did not within {horizon} steps ({best['kd']})."
     if counts["kd"]:
         return f"KD and CE each reached {goal} with seeds where the other did not: nothing to compare."

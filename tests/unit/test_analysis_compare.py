@@ -242,6 +242,13 @@ def test_target_never_reached_by_kd(tmp_path):
     assert "best val 5.9000 against target 5.0000" in result["sentence"]
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_with_few_seeds_a_target_that_kd_missed_is_not_judged(tmp_path, seeds):
+    result = judge(pairs(tmp_path, *[(AT_50, NEVER)] * seeds))
+    assert result["kd_pays_steps"] is None
+    assert result["sentence"].startswith(f"KD is not judged, with {seeds} of the 3 seeds that this needs: CE reached")
+
+
 def test_target_never_reached_by_ce(tmp_path):
     result = judge(pairs(tmp_path, *[(NEVER, AT_50)] * 6, (NEVER, AT_75)))
     assert (result["kd_pays_steps"], result["kd_pays_time_with_teacher"]) == (True, False)  # 600 + 300 of 1000 ms

@@ -126,10 +126,23 @@ def test_retry_by_id_forgets_a_run_whose_folder_is_gone(tmp_path, capsys):
     for place in ("c1/batches/ce-1of1.csv", "c1/ce/timing.csv", "c1/tables/other.csv", "c1/report/index.html"):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_text("run_id\n" + ("b" if "other" in place else "gone") + "\n")
+    for part in ("on", "gon", "g"):  # of an id: nothing of that name is lost
+        assert main(["retry", "--results", str(tmp_path), "--run", part]) == 1 and len(list(tmp_path.rglob("*.*"))) == 4
     assert main(["retry", "--results", str(tmp_path), "--run", "gone"]) == 0
     assert [p.name for p in tmp_path.rglob("*.*")] == ["other.csv"]
     assert main(["retry", "--results", str(tmp_path), "--run", "gone"]) == 1
     assert "no run with id gone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "names_it"),
+    [("kd-t1-b1.5-ab12", False), ("kd-t1-b1-ab12", False), ("x-kd-t1-b1", False), ("kd-t1-b1.", True)],
+)
+def test_retry_by_id_wants_the_whole_id(tmp_path, text, names_it):
+    (tmp_path / "c1").mkdir()
+    (tmp_path / "c1/a.csv").write_text(f"reason\nresults/runs/{text}\n")
+    assert main(["retry", "--results", str(tmp_path), "--run", "kd-t1-b1"]) == (0 if names_it else 1)
+    assert (tmp_path / "c1/a.csv").exists() is not names_it
 
 
 def test_gpus_of_one_node_are_told_apart(monkeypatch):
