@@ -52,8 +52,8 @@ def verdict_rows(reached: list[Reached], rules: Rules, horizon: int, imported: b
             if same == [measure, target] and arm != "ce" and (against == "ce" or control):
                 place = next(iter(mine.values())).place | {"against": against}
                 costs = next(iter(mine.values())).seen
-                level = rules.p_value / (size[arm, measure] or 1 if against == "ce" else 1)  # Holm's first step
-                asked = dataclasses.replace(rules, p_value=level)  # what seeds could show, and how many it takes
+                family = max(1, size[arm, measure]) if against == "ce" else 1
+                asked = dataclasses.replace(rules, p_value=rules.p_value / family)  # Holm's first step
                 rows += [place | _judged(mine, others, cost, asked, imported) for cost in costs]
     _adjust(rows)
     for row in rows:
@@ -69,7 +69,7 @@ def _judged(mine: dict, others: dict, cost: str, rules: Rules, imported: bool) -
         note = note or DECLARED
     pairs = [Pair(mine[seed].seen[cost], others[seed].seen[cost]) for seed in seeds]
     if pairs and all(UNKNOWN in (pair.arm, pair.other) for pair in pairs):
-        note = note or next(reached.miss for reached in (mine[seeds[0]], others[seeds[0]]) if reached.miss)
+        note = note or next(arm[seeds[0]].miss for arm in (mine, others) if arm[seeds[0]].seen[cost] == UNKNOWN)
     found = Judged(len(pairs), 0, note=note) if note else judge(pairs, rules)
     exact = not note and pairs and found.n_censored == 0
     saved = statistics.fmean(pair.other[0] - pair.arm[0] for pair in pairs) if exact else None

@@ -1,10 +1,12 @@
 """Arms against each other: simulated campaigns whose truth is known, and Holm over the family."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from kdclimb.analysis import tested
-from kdclimb.analysis.paired import BETTER, Rules, beyond
+from kdclimb.analysis.paired import BETTER, UNKNOWN, Rules, beyond
 from kdclimb.analysis.targets import TEACHERS, Reached
 
 RULES = Rules(confidence=0.95, p_value=0.01, power=0.8)
@@ -86,6 +88,19 @@ def test_seeds_are_asked_for_at_the_level_that_holm_leaves():
     assert needed[0]["ratio"] == needed[1]["ratio"] and needed[0]["p_sooner"] == needed[1]["p_sooner"]
     assert needed[0]["seeds_needed"] < needed[1]["seeds_needed"]
     assert needed[0]["smallest_effect"] < needed[1]["smallest_effect"]
+
+
+def test_where_nothing_is_known_it_is_said_why_and_nothing_is_judged():
+    found = []
+    for seed in range(3):
+        found.append(reached("kd", seed, beyond(200.0), "T1"))
+        found.append(reached("ce", seed, UNKNOWN, "CE"))
+        found[-2:] = [
+            dataclasses.replace(found[-2], miss="too long"),
+            dataclasses.replace(found[-1], miss="a run failed"),
+        ]
+    (row,) = tested.verdict_rows(found, RULES, 100, imported=False)
+    assert (row["note"], row["outcome"], row["p_sooner"], row["n_pairs"]) == ("a run failed", "", None, 3)
 
 
 def test_other_horizons_and_other_points_controls_are_not_compared():
