@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from kdclimb.analysis import selection
 from kdclimb.artifacts import MADE_AT_THE_END, sha256, write_text, write_via
-from kdclimb.campaign import data_id, read_decisions
+from kdclimb.campaign import read_decisions, results_data_id
 from kdclimb.config import NGRAM_PREFIX, ConfigError, build
 from kdclimb.expansion import expand, tables
 from kdclimb.imported import PREFIX, read_config
@@ -91,7 +91,7 @@ def export(campaign: Campaign, root: Path, results: Path, out: Path, weights: bo
     named, finished = _runs(campaign, root, results)
     if not finished:
         raise BundleError(f"{results}/runs: no finished run of campaign {campaign.campaign} to export")
-    manifest = results / "data" / data_id(campaign, root) / "manifest.json"
+    manifest = results / "data" / results_data_id(campaign, root, results) / "manifest.json"
     if not manifest.is_file():
         raise BundleError(f"{manifest}: missing; make it: ./run {manifest}")
     files = [manifest]
@@ -121,8 +121,8 @@ def _runs(campaign: Campaign, root: Path, results: Path) -> tuple[int, list[str]
         decisions = read_decisions(folder)
     except ValueError as error:
         raise BundleError(f"{folder}: a decision can't be read: {error}") from error
-    runs = expand(campaign, decisions, data_id(campaign, root))
-    runs += tables(campaign, data_id(campaign, root))
+    data = results_data_id(campaign, root, results)
+    runs = expand(campaign, decisions, data) + tables(campaign, data)
     run_ids = list(dict.fromkeys([*(run.run_id for run in runs), *campaign.teacher.imported]))
     return len(run_ids), [name for name in run_ids if (results / "runs" / name / "status.json").is_file()]
 

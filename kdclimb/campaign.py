@@ -311,6 +311,25 @@ def data_id(campaign: Campaign, root: Path) -> str:
     return f"{campaign.data.source}-{campaign.data.vocab_size}-{short_hash(canonical_json(data_spec(campaign, root)))}"
 
 
+def results_data_id(campaign: Campaign, root: Path, results: Path) -> str:
+    """`data_id` for those who only read `results`.
+
+    Where no shard is here, as beside a record, it is that of the one manifest there whose spec is the config's but for
+    what is in the files. Raises ValueError for a manifest that can't be read.
+    """
+    spec = data_spec(campaign, root)
+    known = []
+    if campaign.data.source == "shards" and not sources.source_files(spec, root):
+        for manifest in sorted((results / "data").glob("*/manifest.json")):
+            try:
+                made_from = json.loads(manifest.read_text())["spec"]
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{manifest}: not the manifest of prepared data ({error})") from error
+            if made_from | {"fingerprint": spec["fingerprint"]} == spec:
+                known.append(manifest.parent.name)
+    return known[0] if len(known) == 1 else data_id(campaign, root)
+
+
 def token_needs(campaign: Campaign) -> supply.Needs:
     """What the campaign asks of its data: the longest of CE, its two controls of more steps and the candidates."""
     train, longest = campaign.train, {}

@@ -14,7 +14,7 @@ from pathlib import Path
 from kdclimb import gpus, supply
 from kdclimb.analysis.budget import is_shared
 from kdclimb.analysis.tables import AnalysisError, RunFolder, read_csv, show_ms
-from kdclimb.campaign import check_tokens, data_id, read_decisions, token_needs, token_supply
+from kdclimb.campaign import check_tokens, read_decisions, results_data_id, token_needs, token_supply
 from kdclimb.config import RunConfig
 from kdclimb.expansion import Run, ce_points, expand, grid_points, shared_jobs
 from kdclimb.provenance import device_kind
@@ -66,7 +66,7 @@ def plan(campaign: Campaign, root: Path, results: Path) -> str:
     `root` is the project folder, `results` the folder that holds runs/ and <campaign>/. Raises AnalysisError where a
     decision or probe.csv can't be read; run folders that can't be read are left out, and the text says so.
     """
-    data = data_id(campaign, root)
+    data = results_data_id(campaign, root, results)
     decisions = _read_decisions(results / campaign.campaign)
     planned = what_runs(campaign, decisions, data)
     finished, unreadable = finished_runs(results)
@@ -109,7 +109,7 @@ def on_cluster(campaign: Campaign, root: Path, results: Path, width: int) -> str
 
     A stage's wall time is that of its longest job, or of all its jobs shared out evenly, whichever is longer.
     """
-    data = data_id(campaign, root)
+    data = results_data_id(campaign, root, results)
     planned = what_runs(campaign, _read_decisions(results / campaign.campaign), data)
     finished, _ = finished_runs(results)
     timing = Timing(campaign, planned, finished, results)

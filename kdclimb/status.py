@@ -20,7 +20,7 @@ from rich.text import Text
 from kdclimb.analysis.budget import projection
 from kdclimb.analysis.so_far import ended
 from kdclimb.analysis.tables import RunFolder, show_ms
-from kdclimb.campaign import data_id, read_decisions
+from kdclimb.campaign import read_decisions, results_data_id
 from kdclimb.config import RunConfig
 from kdclimb.expansion import Run
 from kdclimb.jobs import FAILURES, read_failures
@@ -89,7 +89,7 @@ class Reader:
     """Reads where a campaign stands, again and again, and nothing twice that did not change. Changes nothing."""
 
     def __init__(self, campaign: Campaign, root: Path, results: Path):
-        self.campaign, self.data = campaign, data_id(campaign, root)
+        self.campaign, self.data = campaign, results_data_id(campaign, root, results)
         self.folder, self.runs = results / campaign.campaign, results / "runs"
         self._planned: tuple[dict, Planned] | None = None
         self._read: dict[str, tuple[int, RunFolder]] = {}  # by flag, with the time of the run's status

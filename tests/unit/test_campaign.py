@@ -3,13 +3,16 @@
 import dataclasses
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import yaml
 from configs import ROOT, merged
 
 from kdclimb import campaign, expansion, sections
+from kdclimb.artifacts import write_json
 from kdclimb.config import ConfigError, PolicyConfig
 from kdclimb.schedule import total_tokens
+from kdclimb.shards import write_shard
 
 
 def expand_all(config):
@@ -190,6 +193,36 @@ def test_data_id_follows_the_text_but_not_the_unused_source(tiny, tmp_path):
     assert data_id(vocab_size=400) != first
     text.write_text("one\n\f\nthree")
     assert data_id() != first
+
+
+def test_results_are_read_without_the_shards_that_they_were_made_from(tmp_path):
+    overlay = {"data": {"source": "shards", "vocab_size": 50304, "shards": {"train": "t*.bin", "val": "v*.bin"}}}
+    config = campaign.load(merged("tests/tiny.yaml", overlay), tmp_path)
+    shards = [tmp_path / "t1.bin", tmp_path / "v1.bin"]
+    for shard in shards:
+        write_shard(shard, np.arange(9, dtype=np.uint16))
+
+    def known():
+        return campaign.results_data_id(config, tmp_path, tmp_path / "results")
+
+    def keep_manifest(name, spec):
+        (tmp_path / "results/data" / name).mkdir(parents=True)
+        write_json(tmp_path / "results/data" / name / "manifest.json", {"spec": spec})
+
+    first, spec = campaign.data_id(config, tmp_path), campaign.data_spec(config, tmp_path)
+    keep_manifest(first, spec)
+    keep_manifest("of-other-globs", spec | {"train": "u*.bin"})
+    for shard in shards:
+        shard.unlink()
+    assert known() == first != campaign.data_id(config, tmp_path)
+    write_shard(shards[0], np.arange(8, dtype=np.uint16))  # other tokens are here: not those
+    assert known() == campaign.data_id(config, tmp_path) != first
+    shards[0].unlink()
+    keep_manifest("of-other-contents", spec | {"fingerprint": "0"})  # which of the two?
+    assert known() == campaign.data_id(config, tmp_path) != first
+    (tmp_path / "results/data" / first / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="manifest.json: not the manifest of prepared data"):
+        known()
 
 
 def test_control_boost_has_the_lr_policy_of_its_kd_runs_but_no_kd(tiny_runs):

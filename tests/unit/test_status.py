@@ -54,7 +54,7 @@ class Halfway:
 def halfway(tmp_path, monkeypatch, request):
     halfway = Halfway(tmp_path, **getattr(request, "param", {}))
     data = "unprepared"  # what the synthetic campaign's runs are expanded with
-    monkeypatch.setattr(status, "data_id", lambda campaign, root: data)
+    monkeypatch.setattr(status, "results_data_id", lambda campaign, root, results: data)
     return halfway
 
 
