@@ -97,7 +97,8 @@ def run(
         stop = policy_stop_step(config, policy)
         key = _key(config, dataset, teacher, threads) | ({"kd_stop_step": stop} if config.lr_policy else {})
         if folder.restore_complete(key, any_code=any_code, weights=weights):
-            print(f"{config.run_id}: already complete; its artifacts are back", file=sys.stderr)
+            again = f"to train it anew: --out ELSEWHERE/{config.run_id}"
+            print(f"{config.run_id}: already complete; its artifacts are back ({again})", file=sys.stderr)
             return 0
         inputs = {"teacher_folder": teacher, "cache": cache, "kd_stop_step": stop}
         return _Attempt(config, folder, dataset, inputs, policy, key, threads, weights).go(last_attempt, give_up)
