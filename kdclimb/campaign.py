@@ -202,6 +202,13 @@ def _check_controls(campaign: Campaign) -> None:
         share,
         f"0, or a share that makes multiples of train.micro_batch_tokens ({micro:,}) of {list(train.batch_tokens)}",
     )
+    each = campaign.controls.extra_steps_each
+    require(
+        not each or (campaign.controls.extra_steps and len(each) == len(train.seeds)),
+        "controls.extra_steps_each",
+        list(each),
+        f"[], or under controls.extra_steps: true one number for each of the {len(train.seeds)} train.seeds",
+    )
     make, growth = Expansion(campaign, "unprepared"), campaign.controls.growth
     for candidate in campaign.teacher.candidates if growth else ():
         student = make.student()

@@ -489,12 +489,14 @@ class Expansion:
 
     def extended(self, selected: dict) -> list[Run]:
         """CE with as many more steps as it makes in the teacher's time; `selected` is the decision for that teacher."""
-        if not self.campaign.controls.extra_steps:
+        controls, seeds = self.campaign.controls, self.campaign.train.seeds
+        if not controls.extra_steps:
             return []
         ce_ms = selected["budget_ms"] / self.campaign.budget.fraction
         ce_steps = self.campaign.budget.horizon or self.last  # that take so long
-        extra = round(ce_steps * selected["train_time_ms"] / ce_ms)
+        extra = controls.extra_steps_each or (round(ce_steps * selected["train_time_ms"] / ce_ms),) * len(seeds)
+        label = " to ".join(str(steps) for steps in sorted({min(extra), max(extra)})) + " more steps"
         return [
-            self.run("control_extra", f"{extra} more steps", horizon=self.last + extra, seed=seed)
-            for seed in self.campaign.train.seeds
+            self.run("control_extra", label, horizon=self.last + steps, seed=seed)
+            for seed, steps in zip(seeds, extra, strict=True)
         ]

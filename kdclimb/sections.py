@@ -223,6 +223,7 @@ class ControlsSection:
     label_smoothing: float
     smaller_batches: float
     extra_steps: bool
+    extra_steps_each: tuple[int, ...]
     random_teacher: bool
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from kdclimb.analysis.paired import MIN_PAIRS
-from kdclimb.analysis.tables import RunFolder
+from kdclimb.analysis.tables import RunFolder, read_json
 
 WARNING_COLUMNS = ("place", "kind", "warning", "run_ids")
 ON_EDGE = r"(\w+)'s choice is on the edge of its grid: (.+?)\.(?= [A-Z]|$)"  # as analysis.tuning says it
@@ -23,7 +23,7 @@ JUDGED = ("ce", "kd", *CONTROLS)
 
 def warning_rows(runs: Sequence[RunFolder], verdict: dict | None) -> list[dict]:
     """Rows of WARNING_COLUMNS, from the campaign's distinct runs and, once it is there, verdict.json."""
-    rows = [*_of_runs(runs), *_of_teachers(runs), *_of_machines(runs)]
+    rows = [*_of_runs(runs), *_of_text(runs), *_of_teachers(runs), *_of_machines(runs)]
     return rows if verdict is None else rows + _of_verdict(runs, verdict)
 
 
@@ -61,6 +61,27 @@ def _of_runs(runs: Sequence[RunFolder]) -> list[dict]:
     return rows
 
 
+def _of_text(runs: Sequence[RunFolder]) -> list[dict]:
+    """Of text that ran out, by the tokens' manifest, where that is there: sooner yet, where documents are cut."""
+    passes: dict[str, tuple[float, list[RunFolder]]] = {}
+    for run in (run for run in runs if run.ok and not run.imported):
+        manifest = run.folder.parent.parent / "data" / run.config.data.id / "manifest.json"
+        if not manifest.is_file():
+            continue
+        share = run.summary["tokens"] / sum(shard["tokens"] for shard in read_json(manifest, ["train"])["train"])
+        if share > 1:
+            most, found = passes.get(run.arm, (0.0, []))
+            passes[run.arm] = max(most, share), [*found, run]
+    rows = []
+    for arm, (most, found) in passes.items():
+        place, name = ("controls", CONTROLS[arm]) if arm in CONTROLS else ("curves", arm)
+        words = (
+            f"{_count(found)} of {name} took {most:.2f} times the training text: repeated text teaches less, or harms"
+        )
+        rows.append(_row(place, "passes", words, found))
+    return rows
+
+
 def _of_teachers(runs: Sequence[RunFolder]) -> list[dict]:
     """Of teachers that were trained several times, as in a campaign that was run in parts."""
     taught: dict[str, list[RunFolder]] = {}
@@ -91,6 +112,11 @@ def _of_machines(runs: Sequence[RunFolder]) -> list[dict]:
     return rows
 
 
+def _own_lr(run: RunFolder) -> bool:
+    """Whether a KD run's LR is another than CE's: boosted, or lower once KD stopped."""
+    return run.config.schedule.lr_boost is not None or run.config.kd.post_stop_lr != 1.0
+
+
 def _of_verdict(runs: Sequence[RunFolder], verdict: dict) -> list[dict]:
     rows = []
     seeds = verdict["n_seeds"]
@@ -101,6 +127,8 @@ def _of_verdict(runs: Sequence[RunFolder], verdict: dict) -> list[dict]:
         words = f"the chosen point of {arm} lies on an edge of the grid ({edges}): a wider one may do"
         rows.append(_row("screen", "edge", words))
     there = {run.arm for run in runs if run.ok}
+    if not any(_own_lr(run) for run in runs if run.arm == "kd"):
+        there.add("control_boost")  # KD's LR is CE's
     if verdict["point"] and (missing := [name for arm, name in CONTROLS.items() if arm not in there]):
         rows.append(_row("controls", "controls", f"not controlled for: {', '.join(missing)}"))
     return rows

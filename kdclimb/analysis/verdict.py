@@ -274,8 +274,11 @@ def _controls_part(result: dict, head: dict) -> str:
         "explained_by": "sooner than CE too, and KD is not sooner than it",
         "not_told_apart_from": "not told apart",
     }
-    parts = [f"{CONTROL_NAMES[arm]} is {words}" for key, words in names.items() for arm in result[key]]
     controls = head["controls"]["steps"]
+    notes = {row["against"]: f" ({row['note']})" for row in controls if row["note"]}
+    parts = [
+        f"{CONTROL_NAMES[arm]} is {words}{notes.get(arm, '')}" for key, words in names.items() for arm in result[key]
+    ]
     if parts or not controls:
         return f"Controls: {'; '.join(parts)}." if parts else ""
     return f"KD is sooner than {', '.join(CONTROL_NAMES[row['against']] for row in controls)}."

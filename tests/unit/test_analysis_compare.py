@@ -327,3 +327,11 @@ def test_kd_alive_compares_the_first_validations_at_the_screen(tmp_path):
     }
     alive = judge(runs[:4])["kd_alive"]
     assert (alive["first_val_random"], alive["random_below_ce"], alive["kd_below_ce"]) == (None, None, True)
+
+
+def test_a_control_that_is_not_told_apart_says_why():
+    """Three pairs of which one is censored leave a sign test, which three seeds can't pass."""
+    row = {"against": "control_smooth", "note": "1 of 3 pairs censored: median and sign test"}
+    found = {"explained_by": [], "not_told_apart_from": ["control_smooth"]}
+    said = verdict._controls_part(found, {"controls": {"steps": [row]}})
+    assert said == f"Controls: CE with label smoothing is not told apart ({row['note']})."

@@ -154,6 +154,29 @@ def test_what_failed_and_what_was_not_controlled_for(tmp_path):
     assert row["run_ids"] == failed.run_id and "oom" in row["warning"]
 
 
+@pytest.mark.parametrize("there, expected", [(99, {("controls", "passes")}), (100, set()), (None, set())])
+def test_text_that_ran_out(tmp_path, there, expected):
+    runs = [
+        run_folder(tmp_path / "runs", "ce", "CE 50", make_config(horizon=50), val=whole(50), tokens=50),
+        run_folder(tmp_path / "runs", "control_extra", "50 more", make_config(), val=whole(100), tokens=100),
+    ]
+    folder = tmp_path / "data" / runs[0].config.data.id
+    folder.mkdir(parents=True)
+    if there:
+        shards = [{"tokens": 60}, {"tokens": there - 60}]
+        (folder / "manifest.json").write_text(json.dumps({"train": shards}))
+    assert kinds(runs, None) == expected
+    for row in warning_rows(runs, None):
+        assert row["run_ids"] == runs[1].run_id and "took 1.01 times" in row["warning"]
+
+
+@pytest.mark.parametrize("tail, boost, missing", [(1.0, None, False), (0.35, None, True), (1.0, (2.0, 0.1, 0.2), True)])
+def test_a_control_of_kds_lr_is_missed_only_where_that_is_not_ces(tmp_path, tail, boost, missing):
+    run = run_folder(tmp_path, "kd", "T1", make_config(kd={"post_stop_lr": tail}, boost=boost))
+    (row,) = (row for row in warning_rows([run], VERDICT) if row["kind"] == "controls")
+    assert ("CE with KD's LR" in row["warning"]) == missing
+
+
 def test_too_few_seeds_and_an_edge_of_the_grid(tmp_path):
     run = run_folder(tmp_path, "ce", "CE 50", make_config(horizon=50), val=whole(50))
     edge = VERDICT | {

@@ -275,6 +275,19 @@ def test_extra_steps_are_worth_the_teachers_time_under_a_projected_budget_too():
     assert {(r.label, r.config.schedule.horizon) for r in runs} == {("45 more steps", 120)}
 
 
+def test_extra_steps_that_parts_of_a_campaign_trained_are_kept():
+    controls = {"extra_steps_each": [4, 6]}
+    config = campaign.load(merged("tests/tiny.yaml", {"controls": controls}), ROOT)
+    runs = expansion.Expansion(config, "unprepared").extended({"train_time_ms": 600.0, "budget_ms": 1000.0})
+    assert [(r.label, r.config.seed, r.config.schedule.horizon) for r in runs] == [
+        ("4 to 6 more steps", config.train.seeds[0], 79),
+        ("4 to 6 more steps", config.train.seeds[1], 81),
+    ]
+    for wrong in ({"extra_steps_each": [4]}, {"extra_steps_each": [4, 6], "extra_steps": False}):
+        with pytest.raises(ConfigError, match=r"extra_steps_each: \[4.* one number for each of the 2 train.seeds"):
+            campaign.load(merged("tests/tiny.yaml", {"controls": wrong}), ROOT)
+
+
 @pytest.mark.parametrize(
     ("overlay", "allowed"),
     [
