@@ -84,12 +84,12 @@ def _break_even(rows: list[dict], budget_share: float) -> list[dict]:
     if not known or any(row["pays"] for row in known):
         return []
     row = max(known, key=lambda row: row["measured"] - row["needed"])
-    on_steps = row["overhead"] * row["kd_share_of_steps"]
+    on_steps = row["overhead"] * row["kd_share_of_tokens"]
     why = (
         f"KD comes nearest to break-even at {row['target_value']:.4f} nats, where it must save {row['needed']:.0%} of "
-        f"CE's steps and saved {row['measured']:.0%}: the teacher is {row['teacher_share']:.0%} of CE's time there, "
+        f"CE's tokens and saved {row['measured']:.0%}: the teacher is {row['teacher_share']:.0%} of CE's time there, "
         f"its cache {row['cache_share']:.0%}, and a step with KD takes {row['overhead']:.0%} more, in "
-        f"{row['kd_share_of_steps']:.0%} of the steps"
+        f"{row['kd_share_of_tokens']:.0%} of the tokens"
     )
     if row["measured"] <= 0:
         why += f". Costs alone are not what is missing; the teacher took {budget_share:.0%} of its budget"

@@ -82,7 +82,7 @@ def _break_even(data: dict) -> str:
     for row in rows:
         needed = "how much is needed is not known" if row["needed"] is None else f"{row['needed']:.0%} needed"
         parts.append(f"{row['target_value']:.4f}: {row['measured']:.0%} measured, {needed}")
-    return f"Share of steps saved, by target: {'; '.join(parts)}." if parts else ""
+    return f"Share of tokens saved, by target: {'; '.join(parts)}." if parts else ""
 
 
 def _horizons(data: dict) -> str:

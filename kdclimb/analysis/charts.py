@@ -64,7 +64,7 @@ def horizons(axes: Axes, rows: list[dict] | None, target: float | None) -> bool:
 
 
 def break_even(axes: Axes, rows: list[dict] | None) -> bool:
-    """By target, the share of CE's steps that KD must save, and the one measured with its interval."""
+    """By target, the share of CE's tokens that KD must save, and the one measured with its interval."""
     rows = [row for row in rows or () if row["needed"] is not None or row["measured"] is not None]
     for i, row in enumerate(rows):
         low, high, kd = row["measured_low"], row["measured_high"], COLOURS["kd"]
@@ -80,7 +80,7 @@ def break_even(axes: Axes, rows: list[dict] | None) -> bool:
     axes.axvline(0, color=COLOURS["muted"], linewidth=1)
     axes.set_yticks(range(len(rows)), [f"{row['target_value']:.4f}" for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlabel("share of CE's steps saved (%)")
+    axes.set_xlabel("share of CE's tokens saved (%)")
     axes.set_ylabel("target (nats)")
     legend(axes, bbox_to_anchor=(0, 1.0), loc="lower left", ncols=2)
     return True

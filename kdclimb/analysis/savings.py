@@ -11,7 +11,7 @@ from kdclimb.analysis.targets import TEACHERS, Reached, crossing
 
 TREND_COLUMNS = ("label", "seed", "horizon", "ce_step", "val_loss", "kd_step", "steps_saved", "miss_reason")
 BREAK_EVEN_COLUMNS = (
-    "target target_value label n_seeds overhead kd_share_of_steps teacher_ms cache_ms ce_time_ms teacher_share "
+    "target target_value label n_seeds overhead kd_share_of_tokens teacher_ms cache_ms ce_time_ms teacher_share "
     "cache_share needed needed_amortized amortize measured measured_low measured_high pays note"
 ).split()
 
@@ -48,15 +48,16 @@ def trend_rows(runs: list[RunFolder], horizon: int) -> list[dict]:
 def break_even_rows(
     runs: list[RunFolder], tested: list[dict], reached: list[Reached], horizon: int, teacher: dict, amortize: int
 ) -> list[dict]:
-    """What share of CE's steps KD must save to be level in time, beside what it saved, for each target that CE reached.
+    """What share of CE's tokens KD must save to be level in time, beside what it saved, by target that CE reached.
 
-    With a share s of the steps saved, KD on for a share w of its steps at o more time each, and a teacher that takes c
-    of CE's time to the target, shared by M students, KD's time is (1 - s)(1 + w o) + c / M of CE's; it is level at
-    s = 1 - (1 - c / M) / (1 + w o). A cache of targets is one student's: its cost adds to c / M.
+    With a share s of the tokens saved, KD on for a share w of its tokens at o more time each, and a teacher that takes
+    c of CE's time to the target, shared by M students, KD's time is (1 - s)(1 + w o) + c / M of CE's; it is level at
+    s = 1 - (1 - c / M) / (1 + w o). A cache of targets is one student's: its cost adds to c / M. In tokens, since time
+    goes by them: where batches grow, the steps that KD saves are the longest.
     """
     rows = []
     for test in tested:
-        if (test["measure"], test["arm"], test["against"], test["cost"]) != ("crossing", "kd", "ce", "steps"):
+        if (test["measure"], test["arm"], test["against"], test["cost"]) != ("crossing", "kd", "ce", "tokens"):
             continue
         pairs = [pair for pair in matched(runs, horizon) if pair[0].label == test["label"]]
         times = [
@@ -89,7 +90,7 @@ def _break_even(test: dict, pairs: list, times: list[float], teacher: dict, amor
     cached = row["cache_ms"] / ce_ms
     cost = teacher_ms / ce_ms
     step = 1 + share * overhead
-    row |= {"overhead": overhead, "kd_share_of_steps": share, "ce_time_ms": ce_ms}
+    row |= {"overhead": overhead, "kd_share_of_tokens": share, "ce_time_ms": ce_ms}
     row |= {"teacher_share": cost, "cache_share": cached}
     row |= {"needed": 1 - (1 - cost - cached) / step}
     row["needed_amortized"] = 1 - (1 - cost / amortize - cached) / step
@@ -124,6 +125,6 @@ def _step_times(run: RunFolder) -> list[float]:
 
 
 def share_with_kd(kd: RunFolder, value: float) -> float:
-    """The share of the run's steps with KD, up to where it reached the target, or to its end."""
-    last = crossing(kd, {"value": value, "consecutive": 1}).step or len(kd.steps)
-    return sum(bool(row["kd_active"]) for row in kd.steps[:last]) / last
+    """The share of the run's tokens in steps with KD, up to where it reached the target, or to its end."""
+    taken = kd.steps[: crossing(kd, {"value": value, "consecutive": 1}).step or len(kd.steps)]
+    return sum(row["batch_tokens"] for row in taken if row["kd_active"]) / sum(row["batch_tokens"] for row in taken)

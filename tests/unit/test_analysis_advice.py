@@ -13,7 +13,7 @@ ALIVE |= {"first_val_kd": 5.3, "first_val_ce": 5.5, "first_val_random": 7.0}
 VERDICT = {"point": POINT, "budget_share": 0.4, "kd_alive": ALIVE, "explained_by": [], "not_claimable_because": []}
 VERDICT |= {"budget_projected_from": None}
 EVEN = dict.fromkeys(BREAK_EVEN_COLUMNS) | {"label": POINT, "target_value": 4.4, "amortize": 10}
-EVEN |= {"teacher_share": 0.12, "overhead": 0.15, "kd_share_of_steps": 0.3, "needed": 0.16, "needed_amortized": 0.05}
+EVEN |= {"teacher_share": 0.12, "overhead": 0.15, "kd_share_of_tokens": 0.3, "needed": 0.16, "needed_amortized": 0.05}
 EVEN |= {"cache_share": 0.0}
 TESTED = dict.fromkeys(VERDICT_COLUMNS) | {"arm": "kd", "label": POINT, "against": "ce", "target": "teacher_final_val"}
 TESTED |= {"cost": "steps", "target_value": 4.4, "n_pairs": 3, "n_censored": 0}
@@ -54,7 +54,7 @@ def test_without_a_teacher_the_nearest_one_is_named():
 )
 def test_what_break_even_lacks(cells, what):
     row = only(break_even=[EVEN | {"pays": 0} | cells, EVEN | {"pays": 0, "measured": -0.9}])
-    assert row["what"] == what and "4.4000 nats, where it must save 16% of CE's steps" in row["why"]
+    assert row["what"] == what and "4.4000 nats, where it must save 16% of CE's tokens" in row["why"]
     assert row["source"] == "break_even.csv"
 
 

@@ -49,7 +49,7 @@ def test_break_even_by_hand(tmp_path):
     """CE takes 750 ms to the target, the teacher a fifth of that; all 50 steps of KD to it cost twice a step of CE."""
     runs = [make(tmp_path, arm, losses, seed) for seed in range(3) for arm, losses in (("ce", CE), ("kd", KD))]
     (row,) = tables(runs)
-    assert (row["overhead"], row["kd_share_of_steps"]) == (pytest.approx(1.0), 1.0)
+    assert (row["overhead"], row["kd_share_of_tokens"]) == (pytest.approx(1.0), 1.0)
     assert (row["ce_time_ms"], row["teacher_share"]) == (750.0, pytest.approx(0.2))
     assert row["needed"] == pytest.approx(1 - 0.8 / 2) and row["needed_amortized"] == pytest.approx(1 - 0.96 / 2)
     assert row["measured"] == pytest.approx(1 / 3) and row["pays"] == 0
@@ -76,8 +76,24 @@ def test_break_even_is_level_where_times_are(tmp_path):
     """At the saving that it asks for, KD's time with its teacher is CE's."""
     runs = [make(tmp_path, arm, losses) for arm, losses in (("ce", CE), ("kd", KD))]
     (row,) = tables(runs)
-    time = (1 - row["needed"]) * (1 + row["kd_share_of_steps"] * row["overhead"]) + row["teacher_share"]
+    time = (1 - row["needed"]) * (1 + row["kd_share_of_tokens"] * row["overhead"]) + row["teacher_share"]
     assert time == pytest.approx(1.0)
+
+
+def test_break_even_counts_tokens_where_batches_grow(tmp_path):
+    """Time goes by tokens, 20 ms for each second half's step: the last 25 of CE's 75 steps are half of its time."""
+    step_ms = [10.0] * 50 + [20.0] * 50
+    runs = []
+    for seed in range(3):
+        for arm, losses in (("ce", CE), ("kd", KD)):
+            config = make_config(100, seed, kd=None if arm == "ce" else {}, batch_tokens=(1000, 2000))
+            val = [(25 * i, loss) for i, loss in enumerate((7.0, *losses))]
+            shares = {"shares": [0.5] * 60} if arm == "kd" else {}
+            label = "CE" if arm == "ce" else "T1"
+            runs.append(run_folder(tmp_path, arm, label, config, val=val, step_ms=step_ms, **shares))
+    (row,) = tables(runs)
+    assert row["measured"] == pytest.approx(0.5) and row["kd_share_of_tokens"] == 1.0
+    assert savings.share_with_kd(runs[1], 0.0) == pytest.approx((50 * 1000 + 10 * 2000) / (50 * 1000 + 50 * 2000))
 
 
 def test_times_of_another_device_leave_it_open(tmp_path):

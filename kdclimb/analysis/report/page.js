@@ -657,7 +657,7 @@
     const shapes = [rule({ yref: "paper", x0: 0, x1: 0, y0: 0, y1: 1, line: { color: css("muted"), width: 1 } })];
     return [
       parts,
-      layout("share of CE's steps saved", "target (nats)", {
+      layout("share of CE's tokens saved", "target (nats)", {
         shapes,
         xaxis: { tickformat: ".0%" },
         yaxis: { type: "category", range: [-0.6, rows.length - 0.4] },

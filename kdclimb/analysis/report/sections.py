@@ -366,7 +366,7 @@ def break_even_section(page: Page) -> str:
         Column("Target", lambda row: f"{row['target_value']:.4f}"),
         Column("Point", text("label"), words=True),
         Column("Overhead of a step with KD", quantity("overhead", share)),
-        Column("Steps with KD", quantity("kd_share_of_steps", share)),
+        Column("Tokens with KD", quantity("kd_share_of_tokens", share)),
         Column("Teacher, of CE&rsquo;s time", quantity("teacher_share", share)),
         Column("Cache", quantity("cache_share", share)),
         Column("Saving needed", quantity("needed", share)),
@@ -375,9 +375,7 @@ def break_even_section(page: Page) -> str:
         Column("from", quantity("measured_low", share)),
         Column("to", quantity("measured_high", share)),
     ]
-    lead = (
-        "What share of CE&rsquo;s steps KD must save to be level in time to the target, beside the share that it saved."
-    )
+    lead = "What share of CE&rsquo;s tokens KD must save to be level in time to the target, beside what it saved."
     figure = page.figure(
         "break_even", "Saving needed (diamond; open: if the teacher is shared) and measured, with its interval."
     )
