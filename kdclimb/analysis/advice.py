@@ -88,8 +88,8 @@ def _break_even(rows: list[dict], budget_share: float) -> list[dict]:
     why = (
         f"KD comes nearest to break-even at {row['target_value']:.4f} nats, where it must save {row['needed']:.0%} of "
         f"CE's tokens and saved {row['measured']:.0%}: the teacher is {row['teacher_share']:.0%} of CE's time there, "
-        f"its cache {row['cache_share']:.0%}, and a step with KD takes {row['overhead']:.0%} more, in "
-        f"{row['kd_share_of_tokens']:.0%} of the tokens"
+        f"its cache {row['cache_share']:.0%}, and a step with KD takes {abs(row['overhead']):.0%} "
+        f"{'less' if row['overhead'] < 0 else 'more'}, in {row['kd_share_of_tokens']:.0%} of the tokens"
     )
     if row["measured"] <= 0:
         why += f". Costs alone are not what is missing; the teacher took {budget_share:.0%} of its budget"

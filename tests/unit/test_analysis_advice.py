@@ -58,6 +58,11 @@ def test_what_break_even_lacks(cells, what):
     assert row["source"] == "break_even.csv"
 
 
+def test_a_step_with_kd_may_take_less():
+    said = [only(break_even=[EVEN | {"pays": 0, "measured": 0.03, "overhead": o}])["why"] for o in (-0.014, 0.15)]
+    assert "a step with KD takes 1% less, in 30%" in said[0] and "a step with KD takes 15% more, in 30%" in said[1]
+
+
 def test_where_kd_is_level_in_time_nothing_is_to_be_cut():
     rows = [EVEN | {"pays": 1, "measured": 0.2}, EVEN | {"pays": 0, "measured": 0.0}]
     assert advised(break_even=[*rows, EVEN | {"label": "another", "pays": 0, "measured": 0.0}]) == []

@@ -322,6 +322,42 @@
     ];
   }
 
+  // At which side of its point each candidate's name has room, by the plot's size in pixels, about: none where no side
+  // has, and what hovers tells it. The selected one's comes first.
+  function namesApart(rows) {
+    const width = narrow() ? 260 : 680;
+    const height = 220;
+    const times = [...rows.map((row) => row.train_time_ms), data.budget_ms].filter((ms) => ms != null).map(Math.log);
+    const losses = rows.map((row) => row.final_val);
+    const place = (value, all, pixels) =>
+      ((value - Math.min(...all)) / (Math.max(...all) - Math.min(...all) || 1)) * pixels;
+    const centre = (row) => [
+      place(Math.log(row.train_time_ms), times, width),
+      place(row.final_val, losses, height),
+    ];
+    const taken = rows.map((row) => {
+      const [x, y] = centre(row);
+      return [x - 7, x + 7, y - 7, y + 7];
+    });
+    const sides = new Map();
+    const named = rows.filter((row) => row.verdict !== "rejected");
+    for (const row of named.sort((a, b) => (b.verdict === "selected") - (a.verdict === "selected"))) {
+      const [x, y] = centre(row);
+      const long = 6 * row.candidate.length;
+      const found = [
+        ["top center", x - long / 2, y + 9],
+        ["bottom center", x - long / 2, y - 21],
+        ["middle left", x - long - 9, y - 6],
+        ["middle right", x + 9, y - 6],
+      ].find(([, left, low]) => !taken.some(([l, r, b, t]) => left < r && l < left + long && low < t && b < low + 12));
+      if (!found) continue;
+      const [side, left, low] = found;
+      sides.set(row, side);
+      taken.push([left, left + long, low, low + 12]);
+    }
+    return sides;
+  }
+
   function teacherChart() {
     const rows = table("teachers");
     const KINDS = {
@@ -330,16 +366,18 @@
       rejected: ["x", "muted", 9],
     };
     const columns = ["train_time_ms", "projected_ms", "final_val", "budget_ms", "flops_per_token", "reason"];
+    const trained = rows.filter((row) => row.final_val != null && row.train_time_ms != null);
+    const sides = namesApart(trained);
     const points = Object.entries(KINDS).flatMap(([kind, [symbol, hue, size]]) => {
-      const mine = rows.filter((row) => row.verdict === kind && row.final_val != null && row.train_time_ms != null);
+      const mine = trained.filter((row) => row.verdict === kind);
       return mine.length
         ? [
             {
               type: "scatter",
               mode: kind === "rejected" ? "markers" : "markers+text",
               name: kind,
-              text: mine.map((row) => escaped(row.candidate)),
-              textposition: mine.map((_, i) => (i % 2 ? "bottom center" : "top center")), // neighbours stay apart
+              text: mine.map((row) => (sides.get(row) ? escaped(row.candidate) : "")),
+              textposition: mine.map((row) => sides.get(row) || "top center"),
               textfont: { size: 10, color: css("ink") },
               cliponaxis: false,
               x: mine.map((row) => row.train_time_ms),
