@@ -73,7 +73,8 @@ class State:
     @property
     def words(self) -> str:
         """One line for the page and the terminal."""
-        done, named = len({run.run_id for run in self.done}), len({run.run_id for run in self.planned.named})
+        known = {run.run_id for run in self.planned.named}
+        done, named = len(known.intersection(run.run_id for run in self.done)), len(known)
         later = len({run.run_id for run in self.planned.later})
         more = f"; at most {later} more follow, by what is decided" if later else ""
         return f"{done} of {named} runs known so far have ended, {len(self.flying)} in flight{more}."

@@ -1,4 +1,5 @@
-"""The report of a campaign that is not finished: the tables that its runs allow so far, and the page made of them.
+"""The report of a campaign that is not finished: the tables that its runs allow so far, and the page made of them; or
+all of a campaign's tables and its verdict, made again from its runs and decisions, as of a record's.
 
 All goes to `so_far/` in the campaign's folder: what the workflow makes has one writer, the workflow.
 """
@@ -7,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from copy import copy
+from dataclasses import asdict
 from pathlib import Path
 
 from kdclimb.analysis import compare, ledger
 from kdclimb.analysis.budget import BUDGET_KEYS, read_budget
 from kdclimb.analysis.cautions import job_warning
 from kdclimb.analysis.details import OUTPUTS as DETAILS
-from kdclimb.analysis.details import VERDICT_KEYS, headline_rows, tables_of
+from kdclimb.analysis.details import VERDICT_KEYS, details, headline_rows, tables_of
 from kdclimb.analysis.report import INPUTS, report
 from kdclimb.analysis.selection import SELECTED_KEYS, as_measured
 from kdclimb.analysis.tables import RUN_COLUMNS, AnalysisError, RunFolder, read_csv, read_json, write_csv
@@ -43,6 +45,19 @@ MADE_BY_STAGES = {  # where the workflow puts what a stage leaves
     "summary": "tables/teacher_budget10_summary.csv",
 }
 SWEPT = ("probe.csv", "projected.json", "trained.csv", "measured.json")  # in teacher/, before one is selected
+DECIDED = {  # what the comparison needs besides the runs, under the names that it has there
+    "budget": "budget.json",
+    "probe": "teacher/probe.csv",
+    "projected": "teacher/projected.json",
+    "trained": "teacher/trained.csv",
+    "measured": "teacher/measured.json",
+    "selected": "teacher/selected.json",
+    "target": "target.json",
+    "screen": "kd/screen.csv",
+    "ce_screen": "ce/screen.csv",
+    "promoted": "kd/promoted.json",
+}
+COMPARISON = "curves runs compare teachers reached tests trend break_even stop tuning summary verdict".split()
 COMPARED = ("compare", "tests", "verdict")  # one without the others is none
 NO_TEACHER = {"run_id": None, "candidate": None, "train_time_ms": None, "budget_ms": None, "imported": 0}
 FROM_JOBS = ("reason", "slurm_job", "log_tail")
@@ -61,8 +76,12 @@ def report_so_far(campaign: Campaign, named: list[Run], folder: Path, runs: Path
     files = {name: folder / MADE_BY_STAGES.get(name, f"tables/{name}.csv") for name in INPUTS}
     if not all(files[name].is_file() for name in COMPARED):  # some are of runs that are being made again
         files |= {name: out / files[name].relative_to(folder) for name in COMPARED}  # where nothing is
-    files |= _write_tables(campaign, found, files, out / "tables", _unfinished(named, jobs, runs), jobs)
-    files |= _write_teachers([folder / "teacher" / name for name in SWEPT], files, out / "tables")
+    decided = {name: folder / place for name, place in DECIDED.items()}
+    if {run.run_id for run in named} <= {run.run_id for run in found} and all(map(Path.is_file, decided.values())):
+        files |= _compare_again(campaign, found, decided, out)
+    else:
+        files |= _write_tables(campaign, found, files, out / "tables", _unfinished(named, jobs, runs), jobs)
+        files |= _write_teachers([folder / "teacher" / name for name in SWEPT], files, out / "tables")
     page = out / "report/index.html"
     report(campaign.campaign, out / "figures", page, so_far=words, **files)
     return page
@@ -102,6 +121,28 @@ def _unfinished(named: list[Run], jobs: list[dict], runs: Path) -> list[dict]:
         row |= {"files": LOG if (folder / LOG).is_file() else ""} | {key: job[key] for key in FROM_JOBS}
         rows.append(nothing | row)
     return rows
+
+
+def _compare_again(campaign: Campaign, runs: list[RunFolder], decided: dict[str, Path], out: Path) -> dict[str, Path]:
+    """All tables and the verdict of a campaign whose runs have all ended; {name: path}."""
+    made = {name: out / MADE_BY_STAGES.get(name, f"tables/{name}.csv") for name in (*COMPARISON, *DETAILS)}
+    verdict = campaign.verdict
+    compare.compare(
+        runs,
+        **decided,
+        rules=asdict(verdict) | {"max_drift": campaign.anchor.max_drift},
+        clock=campaign.budget.clock,
+        exploratory=campaign.exploratory,
+        **{f"out_{name}": made[name] for name in COMPARISON},
+    )
+    read = "budget selected target compare tests verdict tuning break_even trend teachers".split()
+    details(
+        runs,
+        **{name: path for name, path in (decided | made).items() if name in read},
+        confidence=verdict.confidence,
+        **{f"out_{name}": made[name] for name in DETAILS},
+    )
+    return made | {"ledger": _write_ledger(campaign, runs, decided["target"], out / "tables", [])}
 
 
 def _write_tables(

@@ -1,0 +1,51 @@
+"""docs/records: a campaign's record is enough to make its tables, figures and report again; the README quotes it."""
+
+import filecmp
+import shutil
+
+import pytest
+from configs import ROOT
+from test_analysis_synthetic import read_rows
+
+from kdclimb.__main__ import main
+
+SEED155 = ROOT / "docs/records/seed155"
+OF_PLACES = {"ledger.csv", "run_pages.csv"}  # name the folders of the runs
+
+
+def test_the_record_is_made_again_from_its_runs_to_the_byte(tmp_path):
+    """Also where no token is: a record has hashes of them alone."""
+    copy = tmp_path / "record"
+    shutil.copytree(SEED155, copy)
+    made = copy / "seed155"
+    kept = sorted(path.name for path in (made / "tables").glob("*.csv"))
+    shutil.move(made / "tables", tmp_path / "tables")
+    shutil.move(made / "figures", tmp_path / "figures")
+    shutil.move(made / "verdict.json", tmp_path / "verdict.json")
+    assert main(["report", "--results", str(copy), "--configfile", str(copy / "config.yaml")]) == 0
+    again = made / "so_far"
+    _, different, missing = filecmp.cmpfiles(tmp_path / "tables", again / "tables", kept, shallow=False)
+    assert (set(different), missing) == (OF_PLACES, [])
+    assert (again / "verdict.json").read_bytes() == (tmp_path / "verdict.json").read_bytes()
+    figures = sorted(path.name for path in (tmp_path / "figures").glob("*.svg"))
+    assert figures and filecmp.cmpfiles(tmp_path / "figures", again / "figures", figures, shallow=False)[1:] == ([], [])
+
+
+def test_the_record_is_small():
+    assert sum(path.stat().st_size for path in SEED155.rglob("*") if path.is_file()) < 10e6
+
+
+@pytest.mark.parametrize("row", read_rows(SEED155 / "seed155/tables/break_even.csv"), ids=lambda row: row["target"])
+def test_the_readmes_results_are_the_records(row):
+    tested = [
+        test
+        for test in read_rows(SEED155 / "seed155/tables/verdict.csv")
+        if (test["measure"], test["arm"], test["against"]) == ("crossing", "kd", "ce")
+        and test["target"] == row["target"]
+    ]
+    cells = [f"{float(row['target_value']):.4g}", f"{float(row['ce_time_ms']) / 1000:.1f} s"]
+    for cost in ("steps", "time_ms", "time_with_teacher_ms", "time_amortized_ms"):
+        (test,) = (test for test in tested if test["cost"] == cost)
+        share, low, high = (100 * float(test[f"saved_share{end}"]) for end in ("", "_low", "_high"))
+        cells.append(f"{share:+.0f} % ({low:+.0f} to {high:+.0f})")
+    assert f"| {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
