@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import typing
 
 import pytest
@@ -202,6 +203,7 @@ def test_shipped_overlays_load(overlay):
 
 def test_h100_and_seed155_carry_the_seeds_student_and_teachers_and_one_recipe():
     h100, seed155 = (campaign.load(merged(f"config/{name}.yaml"), ROOT) for name in ("h100", "seed155"))
+    promoted = json.loads((ROOT / "docs/records/seed155/seed155/kd/promoted.json").read_text())["points"]
     assert (h100.optim.adam.every, seed155.optim.adam.every) == (2, 1)
     assert h100.optim == dataclasses.replace(seed155.optim, adam=dataclasses.replace(seed155.optim.adam, every=2))
     assert h100.train.horizons[-1] == seed155.budget.horizon == 1555 and seed155.train.horizons == (100, 155, 200)
@@ -212,7 +214,8 @@ def test_h100_and_seed155_carry_the_seeds_student_and_teachers_and_one_recipe():
         assert (config.device, config.data.source, config.data.vocab_size) == ("cuda", "shards", 50304)
         assert "fineweb" in config.data.shards.train
         kd = config.kd
-        assert (kd.alpha, kd.alpha_schedule, kd.token_frac, kd.stop_mode) == (0.5, "linear", 0.5, "none")
+        assert (kd.alpha, kd.alpha_schedule, kd.token_frac, kd.stop_mode) == (0.7, "linear", 0.5, "none")
+        assert promoted == [f"T1-a{kd.alpha:g}-first{kd.token_frac:g}"]  # what the record's campaign chose
         assert kd.dynamic_norm and not kd.exploratory and kd.post_stop_lr == 1.0
         assert kd.token_frac in (kd.grid.token_frac or (kd.token_frac,)) and 1.0 in kd.grid.temperature
         assert {"L3-H6-D128-250", "L12-H6-D8-155"} <= {c.name for c in config.teacher.candidates}
