@@ -176,8 +176,9 @@ def import_(file: Path, results: Path, any_code: bool, keep: bool = False) -> st
         times = _times(index)
         for entry in _bar(sorted(todo, key=partial(_rank, index)), "writing"):
             _write(archive, entry, results, times[entry.path])
-    for run_id in {entry.path.split("/")[1] for entry in todo if entry.path.startswith("runs/")}:
-        _settle(results / "runs" / run_id)
+    for run_id in runs:  # those with nothing new too: an import that was interrupted may have left them so
+        if f"runs/{run_id}" not in kept:
+            _settle(results / "runs" / run_id)
     _stand_in(results, runs)
     for unit in (unit for unit in kept if unit.startswith("runs/")):
         _make_as_old(results / unit, times[f"{unit}/status.json"])

@@ -16,6 +16,7 @@ import pytest
 from configs import ROOT, merged
 from test_analysis_synthetic import write_run
 
+from kdclimb import bundle as bundles
 from kdclimb import campaign, expansion
 from kdclimb.__main__ import main
 from kdclimb.artifacts import write_json
@@ -197,6 +198,29 @@ def test_an_import_can_be_repeated_and_the_weights_brought_later(bundle, results
     assert code == 0 and f"; {len(RUNS) - 1} of " in told and "no weights" not in told
     assert not list((tmp_path / "here").rglob("*.elsewhere"))
     assert (tmp_path / "here" / RUN / "checkpoints").stat().st_mtime_ns == age
+
+
+def test_an_import_that_was_interrupted_is_mended_by_repeating_it(bundle, tmp_path, capsys, monkeypatch):
+    """Killed after the runs, while the campaign's files were being written."""
+    file, here = bundle(), tmp_path / "here"
+    take(capsys, file, tmp_path / "unbroken")
+
+    def killed(archive, entry, *rest):
+        if entry.path.startswith("tiny/"):
+            raise KeyboardInterrupt
+        write(archive, entry, *rest)
+
+    with monkeypatch.context() as patch:
+        write = bundles._write
+        patch.setattr(bundles, "_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            take(capsys, file, here)
+    assert (here / RUN / "status.json").is_file() and not (here / "tiny").exists()
+    code, told, _ = take(capsys, file, here)
+    assert code == 0 and f"{len(RUNS) - 1} of the runs have no weights here" in told
+    assert files(here) == files(tmp_path / "unbroken")  # the marks too
+    for folder in (f"runs/{run_id}/checkpoints" for run_id in RUNS):
+        assert (here / folder).stat().st_mtime_ns == (tmp_path / "unbroken" / folder).stat().st_mtime_ns
 
 
 # ---- what is refused ----------------------------------------------------------------------------
