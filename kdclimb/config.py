@@ -184,6 +184,7 @@ class MuonConfig:
     weight_decay: float  # times the LR squared
 
 
+IMPORTED_PREFIX = "imported-"  # of the run id of what was trained elsewhere; no rule trains anything of this name
 NGRAM_PREFIX = "ngram-"  # of an n-gram teacher's run id; the rule that trains makes nothing of this name
 ADAM_KINDS = ("embed", "head", "table", "scalar", "x0", "gate", "smear_gate", "skip_gate")
 

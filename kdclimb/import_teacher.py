@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,17 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from kdclimb.artifacts import RunFolder, publish, sha256, write_json, write_tables, write_text
+from kdclimb.artifacts import (
+    Damaged,
+    RunFolder,
+    publish,
+    read_sealed,
+    sha256,
+    verify,
+    write_json,
+    write_tables,
+    write_text,
+)
 from kdclimb.attention import choose_backend
 from kdclimb.campaign import data_id
 from kdclimb.config import ConfigError, DataRef, ModelConfig, plain, require
@@ -46,6 +58,7 @@ PAIRED = (0, 2, 5, 9)
 SOFTCAP = (23.0, 5.0, 7.5)
 ATTENTION_SCALE = 0.1  # at any head_dim, before YaRN
 MAX_PADDING = 7  # of the scalars, to a multiple of up to 8 processes
+AGAIN = "it is imported again"
 
 
 @dataclass(frozen=True)
@@ -275,6 +288,7 @@ def import_teacher(
 
     `cost_ms` is its training time as declared. `windows` are (short, long) that it runs with and `long_windows` those
     that it was trained through, in tokens. `command` is what repeats this, `configfiles` the campaign's overlays.
+    One that is there, whole and measured on this data, stays as it is.
     Raises ValueError that names the file, key or flag at fault.
     """
     if campaign.device == "cuda" and not torch.cuda.is_available():
@@ -308,15 +322,40 @@ def import_teacher(
     config = dataclasses.replace(config, imported_from=origin)
     folder = RunFolder(results / "runs" / config.run_id)
     with folder.lock():
-        if (folder.path / "status.json").is_file() and _data_hash(folder.path) == dataset.hash:
+        if _is_whole(folder.path, report) and _described(folder.path)["data_hash"] == dataset.hash:
             report("already imported, and measured on this data")
             return folder.path
+        before = _weights(folder.path)
         _Import(config, facts, dataset, folder.path, report).write(tensors, shape, command)
+        if before and before[0] == _weights(folder.path)[0]:  # else all runs that they taught would be made again
+            for path in (folder.path / "checkpoints/model.json", folder.path / "checkpoints"):
+                os.utime(path, ns=(before[1], before[1]))
     return folder.path
 
 
-def _data_hash(folder: Path) -> str:
-    return json.loads((folder / "checkpoints/model.json").read_text())["data_hash"]
+def _is_whole(folder: Path, report: Callable[[str], None]) -> bool:
+    """Whether a finished import lies there, each file of it as it was written; `report` says which is not."""
+    if not (folder / "status.json").is_file():
+        return False
+    try:
+        for name, digest in read_sealed(folder / "status.json", AGAIN)["files"].items():
+            verify(folder / name, digest, AGAIN)
+    except Damaged as error:
+        report(str(error))
+        return False
+    return True
+
+
+def _described(folder: Path) -> dict:
+    return read_sealed(folder / "checkpoints/model.json", AGAIN)
+
+
+def _weights(folder: Path) -> tuple[str, int] | None:
+    """(sha256 of an import's weights, here or not, when they were described in ns); None where nothing says so."""
+    try:
+        return _described(folder)["weights_sha256"], (folder / "checkpoints/model.json").stat().st_mtime_ns
+    except (Damaged, FileNotFoundError):
+        return None
 
 
 class _Import:
@@ -333,7 +372,7 @@ class _Import:
 
     def write(self, tensors: dict[str, Tensor], shape: Shape, command: str) -> None:
         self.lines.append(command)
-        (self.out / "status.json").unlink(missing_ok=True)  # measured on other data
+        (self.out / "status.json").unlink(missing_ok=True)  # measured on other data, or not whole
         state, unused = convert(tensors, shape)
         self.report(f"left out, since nothing uses them: {', '.join(unused)}")
         with torch.device(self.config.device):
@@ -383,6 +422,7 @@ class _Import:
             "imported_from": dataclasses.asdict(config.imported_from),
             "cost_ms": config.cost_ms,
         }
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)  # a mark that its weights are elsewhere, too
         save_checkpoint(out / "checkpoints", model, facts)
         write_text(out / "train.log", "\n".join(self.lines) + "\n")
         status = {

@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from kdclimb.config import IMPORTED_PREFIX as PREFIX
 from kdclimb.config import (
     AttentionConfig,
     DataRef,
@@ -21,7 +22,6 @@ from kdclimb.config import (
 )
 
 LOGGED = "logged"  # the clock of a run that is known by its log alone
-PREFIX = "imported-"  # of the run id; no rule trains anything of this name
 COMMAND = "python -m kdclimb import-teacher FILE --layers L --heads H --windows-passed N --cost-ms MS"
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdclimb.artifacts import read_sealed, seal, sha256, verify, write_json, write_via
-from kdclimb.config import ModelConfig, RunConfig, build, require
+from kdclimb.config import IMPORTED_PREFIX, ModelConfig, RunConfig, build, require
 from kdclimb.data import Batch, Dataset
 from kdclimb.evaluate import validate
 from kdclimb.kernels import fp8
@@ -59,7 +59,10 @@ def _save(folder: Path, tensors: dict[str, Tensor], description: dict) -> None:
 
 def read_description(folder: Path) -> dict:
     """model.json of a checkpoint. Raises ValueError if it or the weights aren't there, or aren't the ones it names."""
-    remedy = f"make it again: python -m kdclimb retry --run {folder.parent.name}, then ./run"
+    run = folder.parent
+    remedy = f"make it again: python -m kdclimb retry --run {run.name}, then ./run"
+    if run.name.startswith(IMPORTED_PREFIX):
+        remedy = f"import it again: python -m kdclimb import-teacher, as in the first line of {run / 'train.log'}"
     if not (folder / "model.json").is_file():
         raise ValueError(
             f"{folder}: no checkpoint there; either its run did not end well (see its train.log), or `weights` kept "
@@ -69,7 +72,7 @@ def read_description(folder: Path) -> dict:
     if not (folder / "model.safetensors").is_file():
         raise ValueError(
             f"{folder}: described, but without its weights; import a bundle that was exported with --weights, "
-            f"or train it here: python -m kdclimb retry --run {folder.parent.name}"
+            f"or {remedy}"
         )
     verify(folder / "model.safetensors", description["weights_sha256"], remedy)
     return description

@@ -19,7 +19,7 @@ from kdclimb.campaign import data_id
 from kdclimb.data import Dataset
 from kdclimb.import_teacher import Shape, check, choose_windows, convert, read, rotary_order, slug, without_prefix
 from kdclimb.model import GPT
-from kdclimb.teacher import checkpoint_facts, load_teacher
+from kdclimb.teacher import checkpoint_facts, load_teacher, read_description
 
 WINDOWS, LONG_WINDOWS = (8, 24), (12, 24)
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -281,6 +281,45 @@ def test_an_import_is_a_finished_run_that_a_student_can_learn_from(
     status = (folder / "status.json").stat().st_mtime_ns
     assert bring(file, results) == 0 and "already imported" in capsys.readouterr().err
     assert (folder / "status.json").stat().st_mtime_ns == status
+
+
+@pytest.mark.parametrize("name", ["checkpoints/model.safetensors", "checkpoints/model.json", "val.csv"])
+def test_a_damaged_import_is_mended_by_the_command_that_its_error_names(file, results, capsys, name):
+    assert bring(file, results) == 0
+    (folder,) = (results / "runs").iterdir()
+    weights, age = (folder / "checkpoints/model.safetensors").read_bytes(), 10**18
+    os.utime(folder / "checkpoints/model.json", ns=(age, age))
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    if "checkpoints" in name:
+        with pytest.raises(ValueError, match=f"{name}: damaged: .*; import it again: python -m kdclimb import-teacher"):
+            read_description(folder / "checkpoints")
+    assert bring(file, results) == 0
+    err = capsys.readouterr().err
+    assert f"{folder / name}: damaged" in err and "already imported" not in err
+    run = RunFolder.read(f"imported|seed|{folder}")
+    assert len(run.val) == 1 and (folder / "checkpoints/model.safetensors").read_bytes() == weights
+    read_description(folder / "checkpoints")
+    if name != "checkpoints/model.json":  # the only file that says whether these are the weights that taught others
+        ages = [path.stat().st_mtime_ns for path in (folder / "checkpoints", folder / "checkpoints/model.json")]
+        assert ages == [age, age]
+    assert bring(file, results) == 0 and "already imported" in capsys.readouterr().err
+
+
+def test_an_import_that_a_bundle_brought_without_weights_gets_them(file, results, capsys):
+    assert bring(file, results) == 0
+    (folder,) = (results / "runs").iterdir()
+    checkpoints, weights = folder / "checkpoints", (folder / "checkpoints/model.safetensors").read_bytes()
+    (checkpoints / "model.safetensors").unlink()
+    (checkpoints / "model.safetensors.elsewhere").write_text("")
+    age = (checkpoints / "model.json").stat().st_mtime_ns
+    with pytest.raises(ValueError, match="--weights, or import it again: .*import-teacher, .*/train.log$"):
+        read_description(checkpoints)
+    assert bring(file, results) == 0
+    read_description(checkpoints)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["model.json", "model.safetensors"]
+    assert (checkpoints / "model.safetensors").read_bytes() == weights
+    assert checkpoints.stat().st_mtime_ns == age  # what it taught stays younger
 
 
 def test_the_measured_loss_is_that_of_the_seeds_formulas(file, results, manifest, tiny, capsys):
