@@ -123,7 +123,8 @@ def _runs(campaign: Campaign, root: Path, results: Path) -> tuple[int, list[str]
         raise BundleError(f"{folder}: a decision can't be read: {error}") from error
     data = results_data_id(campaign, root, results)
     runs = expand(campaign, decisions, data) + tables(campaign, data)
-    run_ids = list(dict.fromkeys([*(run.run_id for run in runs), *campaign.teacher.imported]))
+    imported = [*campaign.teacher.imported, *campaign.baseline.imports]
+    run_ids = list(dict.fromkeys([*(run.run_id for run in runs), *imported]))
     return len(run_ids), [name for name in run_ids if (results / "runs" / name / "status.json").is_file()]
 
 
@@ -348,7 +349,8 @@ def _check_contents(archive: _Archive, index: Index) -> tuple[dict[str, dict], d
         cache = _cache_of(config)
         if cache is not None and not NAME.fullmatch(cache):
             raise BundleError(f"{archive.file}: {folder}/config.json: kd.cache: {cache!r}: not a name")
-        runs[run_id] = archive.json(entries[f"{folder}/status.json"], "status", "code_hash")
+        owed = ("status",) if run_id.startswith(PREFIX) else ("status", "code_hash")  # none of our code trained a log
+        runs[run_id] = archive.json(entries[f"{folder}/status.json"], *owed)
         _check_weights(archive, entries, folder, runs[run_id])
     return runs, manifest
 

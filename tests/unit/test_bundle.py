@@ -17,7 +17,7 @@ from configs import ROOT, merged
 from test_analysis_synthetic import write_run
 
 from kdclimb import bundle as bundles
-from kdclimb import campaign, expansion
+from kdclimb import campaign, expansion, logs
 from kdclimb.__main__ import main
 from kdclimb.artifacts import write_json
 from kdclimb.bundle import BundleError
@@ -221,6 +221,22 @@ def test_an_import_that_was_interrupted_is_mended_by_repeating_it(bundle, tmp_pa
     assert files(here) == files(tmp_path / "unbroken")  # the marks too
     for folder in (f"runs/{run_id}/checkpoints" for run_id in RUNS):
         assert (here / folder).stat().st_mtime_ns == (tmp_path / "unbroken" / folder).stat().st_mtime_ns
+
+
+def test_logs_that_the_campaign_names_come_along(results, bundle, tmp_path, capsys):
+    (tmp_path / "fast.txt").write_text("step:30/30 val_loss:4.0 train_time:300ms step_avg:10.00ms\n")
+    folder, _ = logs.import_log(tmp_path / "fast.txt", results)
+    named = {"baseline": {"imports": [folder.name]}}
+    (tmp_path / "log.yaml").write_text(json.dumps(named))
+    file, here = bundle(".zip", str(tmp_path / "log.yaml")), tmp_path / "here"
+    code, _, error = take(capsys, file, here)
+    assert code == 0, error
+    assert (
+        files(here / "runs" / folder.name) == files(folder) and (here / "runs" / folder.name / "checkpoints").is_dir()
+    )
+    campaign.check_logs(campaign.load(merged("tests/tiny.yaml", named), ROOT), here)  # as the Snakefile does
+    edited(file, f"runs/{folder.name}/status.json", b"{}")
+    refused(capsys, file, tmp_path / "new", f"runs/{folder.name}/status.json: lacks status")
 
 
 # ---- what is refused ----------------------------------------------------------------------------
