@@ -2,7 +2,8 @@
 
 A bundle is a .zip or a .tar.gz of index.json and files, named by their paths under results/: the campaign's finished
 runs (without weights, unless asked), its own files, and the manifest of its data (never the tokens, nor the teachers'
-targets). An import checks everything before it writes anything, and refuses as a whole.
+targets). An export refuses runs that are not as they were written: where they were made is often gone when a bundle is
+read. An import checks everything before it writes anything, and refuses as a whole.
 
 Snakemake has no record of what comes so, and goes by its age: runs keep their order in time, and count as done. The
 campaign's files are made older than the runs, so that the next ./run makes them anew from these: without a record it
@@ -34,7 +35,8 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from kdclimb.analysis import selection
-from kdclimb.artifacts import MADE_AT_THE_END, sha256, write_text, write_via
+from kdclimb.analysis.tables import remedy
+from kdclimb.artifacts import MADE_AT_THE_END, Damaged, read_sealed, sha256, write_text, write_via
 from kdclimb.campaign import read_decisions, results_data_id
 from kdclimb.config import NGRAM_PREFIX, ConfigError, build
 from kdclimb.expansion import expand, tables
@@ -84,7 +86,10 @@ class Index:
 
 
 def export(campaign: Campaign, root: Path, results: Path, out: Path, weights: bool) -> str:
-    """Write the bundle of a campaign to `out`; returns what to tell the user. Raises BundleError."""
+    """Write the bundle of a campaign to `out`; returns what to tell the user.
+
+    Raises BundleError, and writes nothing, if a run is not whole and as it was written, or an import would refuse it.
+    """
     kind = next((ending for ending in KINDS if out.name.endswith(ending)), None)
     if kind is None:
         raise BundleError(f"{out}: not a name for a bundle; allowed: one that ends in {' or '.join(KINDS)}")
@@ -94,18 +99,23 @@ def export(campaign: Campaign, root: Path, results: Path, out: Path, weights: bo
     manifest = results / "data" / results_data_id(campaign, root, results) / "manifest.json"
     if not manifest.is_file():
         raise BundleError(f"{manifest}: missing; make it: ./run {manifest}")
-    files = [manifest]
-    for run_id in finished:
-        left = {MARK} if weights else {MARK, WEIGHTS}
-        files += [file for file in run_files(results / "runs" / run_id) if file.name not in left]
+    files, left = [manifest], {}
+    for folder in (results / "runs" / run_id for run_id in finished):
+        whole = weights and not (folder / "checkpoints" / MARK).is_file()
+        left[folder] = {MARK} if whole else {MARK, WEIGHTS}
+        files += [file for file in run_files(folder) if file.name not in left[folder]]
     files += campaign_files(results / campaign.campaign)
     entries = tuple(_entry(file, results) for file in _bar(files, "reading"))
+    found = {entry.path: entry.sha256 for entry in entries}
+    for folder in left:
+        _check_run(folder, found, left[folder])
     index = Index(FORMAT, campaign.campaign, git_commit(), entries)
 
     def write(temporary: Path) -> None:
         _pack(temporary, kind, index, results)
-        with _Archive(temporary) as archive:  # a file may have changed in between
-            _check(archive)
+        with _Archive(temporary) as archive:
+            archive.file = out  # the name that its errors say
+            _check_contents(archive, _check(archive))  # as an import does; and a file may have changed in between
 
     write_via(out, write)
     return (
@@ -126,6 +136,24 @@ def _runs(campaign: Campaign, root: Path, results: Path) -> tuple[int, list[str]
     imported = [*campaign.teacher.imported, *campaign.baseline.imports]
     run_ids = list(dict.fromkeys([*(run.run_id for run in runs), *imported]))
     return len(run_ids), [name for name in run_ids if (results / "runs" / name / "status.json").is_file()]
+
+
+def _check_run(folder: Path, found: dict[str, str], left: set[str]) -> None:
+    """Raise BundleError unless all that a run owes, but for files named in `left`, was `found` ({path from results/:
+    sha256}) as the run wrote it.
+    """
+    try:
+        files = read_sealed(folder / "status.json", remedy(folder), or_plain=True).get("files", {})
+    except Damaged as error:
+        raise BundleError(str(error)) from error
+    for name in dict.fromkeys([*MADE_AT_THE_END, *files]):
+        there = found.get(f"runs/{folder.name}/{name}")
+        if Path(name).name in left:
+            continue
+        if there is None:
+            raise BundleError(f"{folder / name}: missing; {remedy(folder)}")
+        if there != files.get(name, there):
+            raise BundleError(f"{folder / name}: damaged: not as it was written; {remedy(folder)}")
 
 
 def _entry(file: Path, results: Path) -> Entry:

@@ -19,7 +19,7 @@ from test_analysis_synthetic import write_run
 from kdclimb import bundle as bundles
 from kdclimb import campaign, expansion, logs
 from kdclimb.__main__ import main
-from kdclimb.artifacts import write_json
+from kdclimb.artifacts import publish, write_json
 from kdclimb.bundle import BundleError
 from kdclimb.bundle import _check_code as check_code
 from kdclimb.provenance import source_hash
@@ -251,6 +251,50 @@ def test_export_refuses_other_endings(results, tmp_path, capsys, name):
 def test_export_with_nothing_finished_says_so(tmp_path, capsys):
     code, _, error = call(capsys, "export", tmp_path / "b.zip", "--results", tmp_path / "none", *TINY)
     assert code == 1 and "no finished run of campaign tiny" in error and not (tmp_path / "b.zip").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("val_loss.png", None, "missing"),
+        ("steps.csv", b"other", "damaged"),
+        ("status.json", b'{"status": "ok", "files": {}}', "damaged"),
+        ("checkpoints/model.json", None, "missing"),
+        ("checkpoints/model.safetensors", b"other", "damaged"),
+        ("checkpoints/model.safetensors", None, "missing"),
+    ],
+)
+def test_export_refuses_a_run_that_is_not_as_it_was_written(results, tmp_path, capsys, name, content, said):
+    out, folder, weights = tmp_path / "b.zip", results / RUN, ["--weights"] * ("safetensors" in name)
+    publish(folder, {"status": "ok", "code_hash": trainer()})
+    assert call(capsys, "export", out, "--results", results, *TINY, *weights)[0] == 0
+    out.unlink()
+    (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+    code, _, error = call(capsys, "export", out, "--results", results, *TINY, *weights)
+    remedy = f"make the run again: python -m kdclimb retry --run {folder.name}, then ./run"
+    assert code == 1 and error.startswith(f"{folder / name}: {said}") and error.endswith(f"{remedy}\n")
+    assert list(tmp_path.glob("*.zip*")) == []
+    if weights:  # they stay here
+        assert call(capsys, "export", out, "--results", results, *TINY)[0] == 0
+    else:
+        assert main(["retry", "--run", folder.name, "--results", str(results)]) == 0
+        assert call(capsys, "export", out, "--results", results, *TINY)[0] == 0
+
+
+def test_export_refuses_what_an_import_would(results, tmp_path, capsys):
+    write_json(results / RUN / "status.json", {"status": "ok"})  # unsealed, as an early version's
+    code, _, error = call(capsys, "export", tmp_path / "b.zip", "--results", results, *TINY)
+    assert code == 1 and f"b.zip: {RUN}/status.json: lacks code_hash" in error
+    assert list(tmp_path.glob("*.zip*")) == []
+
+
+def test_export_takes_runs_whose_weights_are_elsewhere(results, bundle, tmp_path, capsys):
+    publish(results / RUN, {"status": "ok", "code_hash": trainer()})
+    assert take(capsys, bundle(), tmp_path / "here")[0] == 0
+    code, _, error = call(capsys, "export", tmp_path / "b.zip", "--weights", "--results", tmp_path / "here", *TINY)
+    assert code == 0, error
+    assert take(capsys, tmp_path / "b.zip", tmp_path / "further")[0] == 0
+    assert files(tmp_path / "further") == files(tmp_path / "here")
 
 
 def test_another_result_is_never_overwritten(bundle, tmp_path, capsys):
