@@ -73,6 +73,8 @@ class JobErrors(logging.Handler):
         if getattr(getattr(record, "event", None), "value", None) != JOB_ERROR:
             return
         outputs = [str(output) for output in record.output]
+        if not outputs:  # fetch_shards, which nothing waits for: Snakemake tells of it, and no file is missing
+            return
         made = next((output for output in outputs if output.endswith("/status.json")), outputs[0])
         before = self.failed.get(made)
         logs = [Path(log) for log in record.log]

@@ -98,6 +98,12 @@ def test_a_refused_run_is_a_row_of_the_run_table(tmp_path):
     assert not write_refused(config, out, "again", at_once=True)
 
 
+def test_a_job_that_was_to_make_no_file_leaves_none_missing():
+    heard = JobErrors()
+    heard.emit(error("", "", rule_name="fetch_shards", rule_msg=None, output=[]))
+    assert heard.failed == {}
+
+
 @pytest.mark.parametrize("killed", [["Slurm job 1 was ended: OUT_OF_MEMORY"], ["Slurm job 1 was ended: TIMEOUT"]])
 def test_tries_before_the_refusal_are_told(tmp_path, killed):
     config = make_config()

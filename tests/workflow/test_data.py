@@ -131,6 +131,15 @@ def test_fetched_shards_are_what_was_missing(checkout, tmp_path, monkeypatch):
     assert "data" in checkout.run("-n", *arguments)
 
 
+def test_a_download_that_fails_ends_with_its_reason(checkout, tmp_path, monkeypatch):
+    for name, value in {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}.items():
+        monkeypatch.setenv(name, value)
+    shards = {"train": "fw/t_*.bin", "val": "fw/v_*.bin", "bos_id": 0, "hub": {"repo": REPO}}
+    output = checkout.run("fetch_shards", *overlay(checkout, data={"source": "shards", "shards": shards}), code=1)
+    assert f"fetch_shards: data.shards.hub: {REPO} at main: " in output and "Traceback" not in output
+    assert "kdclimb: stopped by an error (above)" in output and not any(checkout.path.glob("results/tiny/logs/*"))
+
+
 def test_plan_tells_the_tokens(wrong):
     done = subprocess.run(
         [sys.executable, "-m", "kdclimb", "plan", *TINY], cwd=wrong.path, capture_output=True, text=True, check=True
