@@ -75,6 +75,8 @@ GPU_TYPE = of_profile("gpu_type", "default") if CAMPAIGN.device == "cuda" else "
 # has several GPUs, each of which trains, its share of them.
 GPUS = len(gpus.usable()) if CAMPAIGN.device == "cuda" and MINUTES is None and workflow.is_main_process else 0
 CORES = max(1, (workflow.resource_settings.cores or 1) // max(1, GPUS))
+if GPUS and "gpu" not in workflow.global_resources:  # which --resources may have set
+    workflow.global_resources["gpu"] = GPUS  # shares of 8 cores among 3 GPUs are 2, and would let a fourth job start
 SIGNAL = of_profile("slurm_signal", "TERM@120")  # NAME@SECONDS, before a job's time limit
 LONGEST = max(run.tokens for run in campaigns.token_needs(CAMPAIGN).runs)
 # By decisions: the runs, their configs by id, the batches, and the batch of each run that is in one; a wide campaign

@@ -508,6 +508,24 @@ def test_each_gpu_of_a_machine_has_a_training_job_with_its_share_of_the_cores(ch
     assert all(f"threads: {threads}\n" in job.partition("\nrule ")[0] for job in training)
 
 
+@pytest.mark.parametrize("options, most", [([], 3), (["--resources", "gpu=2"], 2)])
+def test_no_more_training_jobs_run_than_there_are_gpus(options, most, checkout, tmp_path):
+    """Also where the cores that their shares leave over would be enough for one more."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nprintf 'GPU-aa, NVIDIA H200\\nGPU-bb, NVIDIA H200\\nGPU-cc, NVIDIA H200\\n'\n")
+    smi.chmod(0o755)
+    (checkout.path / "workflow/scripts/train.py").write_text('import sys\n\nsys.exit("no GPU here")\n')
+    env = checkout.environment() | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    env.pop("CUDA_VISIBLE_DEVICES", None)
+    command = [".venv/bin/snakemake", "--cores", "8", *options]
+    command += overlay(checkout, "each_alone", device="cuda", cluster={"tokens_per_job": 0})
+    done = subprocess.run(command, cwd=checkout.path, env=env, capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    assert done.returncode == 1 and "threads: 2\n" in output and "no GPU here" in output
+    started = [int(jobs) for jobs in re.findall(r"^Execute (\d+) jobs\.\.\.$", output, re.MULTILINE)]
+    assert started[:2] == [1, most]  # the data; then as many as there is room for
+
+
 def test_plain_snakemake_works_in_a_prepared_environment(finished):
     command = [".venv/bin/snakemake", "--cores", "8", "-n", *TINY]
     output = subprocess.run(command, cwd=finished.path, capture_output=True, text=True)
