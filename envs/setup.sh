@@ -38,7 +38,8 @@ describe_device() {
   local device=$1 name
   if [[ $device == auto ]]; then
     device=cpu
-    if ((${#GPUS[@]})); then device=cuda; fi
+    # As kdclimb.gpus reads that variable, which may hide them all.
+    if ((${#GPUS[@]})) && [[ ${CUDA_VISIBLE_DEVICES-0} =~ ^[[:space:],]*([0-9]|GPU-|MIG-) ]]; then device=cuda; fi
   fi
   if [[ $device != cuda ]]; then
     # nproc would answer OMP_NUM_THREADS where that is set, and Snakemake doesn't look at it

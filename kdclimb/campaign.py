@@ -65,7 +65,7 @@ def load(config: dict, root: Path) -> Campaign:
     _check_budget(campaign)
     _check_data(campaign.data, root)
     if campaign.device == "auto":
-        campaign = dataclasses.replace(campaign, device="cuda" if gpus.listed() else "cpu")
+        campaign = dataclasses.replace(campaign, device="cuda" if gpus.usable() else "cpu")
     _check_fp8(campaign)
     return campaign
 

@@ -6,7 +6,9 @@ No torch: the Snakefile imports this, and a job's choice has to come before CUDA
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -15,6 +17,7 @@ from pathlib import Path
 from kdclimb.lease import slurm_job
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+GPU = re.compile(r"\d|GPU-|MIG-")  # how a GPU's name in it begins; any other word, such as -1, hides those behind it
 _taken = []  # lock files, which are held until the process ends
 
 
@@ -31,13 +34,14 @@ def listed() -> list[tuple[str, str]]:
 def usable() -> list[str]:
     """Names, as CUDA_VISIBLE_DEVICES has them, of the GPUs that the workflow's jobs may use; none without a driver.
 
-    They are those that the variable names; without it, all of the first one's kind, since times on another don't
-    compare.
+    They are those that the variable names, as CUDA reads it; without it, all of the first one's kind, since times on
+    another don't compare.
     """
     if not (there := listed()):
         return []
     if (given := os.environ.get(VISIBLE)) is not None:
-        return [name.strip() for name in given.split(",") if name.strip()]
+        names = (name.strip() for name in given.split(",") if name.strip())
+        return [*itertools.takewhile(GPU.match, names)]
     return [uuid for uuid, kind in there if kind == there[0][1]]
 
 

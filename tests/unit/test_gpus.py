@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from configs import ROOT
+from configs import ROOT, merged
 
-from kdclimb import gpus
+from kdclimb import campaign, gpus
 
 TWO = "GPU-aa, NVIDIA H200\nGPU-bb, NVIDIA H200\nGPU-cc, Quadro\n"
 JOB = """
@@ -46,6 +46,20 @@ def test_what_a_workflow_may_use(machine, monkeypatch):
     assert gpus.usable() == ["1", "2"]
     monkeypatch.setenv(gpus.VISIBLE, "")
     assert gpus.usable() == []
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [("0", ["0"]), ("GPU-bb,GPU-aa", ["GPU-bb", "GPU-aa"]), (" MIG-1 ", ["MIG-1"]), ("1,-1,0", ["1"])]
+    + [(hidden, []) for hidden in ("", ",", " ", "-1", "-1,0", "NoDevFiles")],
+)
+def test_the_variable_is_read_as_cuda_reads_it_and_auto_goes_by_it(machine, monkeypatch, visible, names):
+    machine(TWO)
+    assert campaign.load(merged(), ROOT).device == "cuda"
+    monkeypatch.setenv(gpus.VISIBLE, visible)
+    assert gpus.usable() == names
+    assert campaign.load(merged(), ROOT).device == ("cuda" if names else "cpu")
+    assert campaign.load(merged({"device": "cuda"}), ROOT).device == "cuda"  # the run says that there is none
 
 
 def start():

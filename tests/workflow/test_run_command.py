@@ -44,7 +44,8 @@ class Project:
         for name, text in {"nvidia-smi": "#!/bin/sh\nexit 9\n", **dict.fromkeys(["python3", "stub"], STUB)}.items():
             self.script(tools / name, text)
         self.tools = tools
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("KDCLIMB_", "OMP_")) and k != "PYTHON"}
+        ours = ("CUDA_", "KDCLIMB_", "OMP_")
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(ours) and k != "PYTHON"}
         self.env |= {"PATH": f"{tools}:{os.environ['PATH']}", "REAL_PYTHON": sys.executable}
         self.started = []
 
@@ -171,6 +172,10 @@ def test_auto_is_cuda_where_a_gpu_is_listed(bare):
     assert code == 0
     assert lines[0] == "kdclimb: campaign default on cuda (2 x NVIDIA H100 80GB HBM3)"
     assert not [call for call in bare.calls("pip") if "extra-index-url" in call]
+    for hidden in ("", "-1", ",NoDevFiles"):
+        assert bare.run(CUDA_VISIBLE_DEVICES=hidden)[1][0] == f"kdclimb: campaign default on cpu ({cores()})"
+    assert bare.run(CUDA_VISIBLE_DEVICES=" GPU-1")[1][0] == lines[0]
+    assert not [call for call in bare.calls("pip") if "extra-index-url" in call]  # what runs on a GPU stays
     assert bare.run(KDCLIMB_TORCH="cpu")[0] == 0
     assert [call for call in bare.calls("pip") if "extra-index-url" in call]
 
