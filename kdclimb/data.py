@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,12 +46,21 @@ class Dataset:
 
         Raises ValueError for a shard that is missing, or not the one that was prepared.
         """
-        arrays = []
+        arrays, manifest = [], self.folder / "manifest.json"
         for shard in self.manifest[part]:
             path = self.folder / shard["file"]
-            remedy = f"delete {self.folder} and make it again: ./run {self.folder / 'manifest.json'}"
-            if Path(shard["file"]).is_absolute():
+            remedy = missing = f"delete {self.folder} and make it again: ./run {manifest}"
+            if path.name != shard["file"]:  # a ready one
+                path = Path(os.path.normpath(path))  # less the way from the folder up to the project
                 remedy = "it is not the file that the data were made from: put that back"
+                missing = (
+                    "put it back or, if the project's folder was moved, have the shards looked up again: ./run --force "
+                    f"{manifest}, with this campaign's --configfile after it"
+                )
+            with waiting(path):
+                is_there = path.is_file()
+            if not is_there:
+                raise ValueError(f"{path}: this token shard is missing; {missing}")
             tokens = read_shard(path)
             if len(tokens) != shard["tokens"]:
                 raise Damaged(f"{path}: {len(tokens)} tokens, but the manifest has {shard['tokens']}; {remedy}")

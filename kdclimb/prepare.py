@@ -8,6 +8,7 @@ bucket files by their place in that order, then read back bucket by bucket; noth
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import shutil
 import struct
@@ -113,7 +114,7 @@ def _tokenize(documents: Shuffled, spec: dict, out: Path, root: Path) -> dict:
     parts = {}
     for part, number in (("val", num_val), ("train", None)):
         paths = write_shards(out, part, itertools.islice(tokens, number))
-        parts[part] = _describe(part, paths, tokenizer.bos, spec["vocab_size"], out)
+        parts[part] = _describe(part, paths, tokenizer.bos, spec["vocab_size"], out, root)
     return {"bos_id": tokenizer.bos, "tokenizer_sha256": sha256(tokenizer.path), **parts}
 
 
@@ -209,20 +210,32 @@ def _list_shards(spec: dict, out: Path, root: Path) -> dict:
                 "--configfile after it, downloads them (data.shards.hub), or put token shards in the speedrun's .bin "
                 "format there"
             )
-    parts = {part: _describe(part, paths, spec["bos_id"], spec["vocab_size"], out) for part, paths in files.items()}
+    bos, vocab_size = spec["bos_id"], spec["vocab_size"]
+    parts = {part: _describe(part, paths, bos, vocab_size, out, root) for part, paths in files.items()}
     return {"bos_id": spec["bos_id"], "tokenizer_sha256": None, **parts}
 
 
-def _describe(part: str, paths: list[Path], bos: int, vocab_size: int, out: Path) -> list[dict]:
+def _describe(part: str, paths: list[Path], bos: int, vocab_size: int, out: Path, root: Path) -> list[dict]:
     """The manifest's entries of these shards, each read whole and checked; and `out`/`part`.lengths."""
     described, lengths = [], []
     total = sum(path.stat().st_size for path in paths)
     for path in progress(f"checking {part} shards", paths, total, lambda path: path.stat().st_size):
         lengths.append(document_lengths(path, bos, vocab_size))
         facts = {"sha256": sha256(path), "tokens": count_tokens(path), "documents": len(lengths[-1])}
-        described.append({"file": path.name if path.parent == out else str(path), **facts})
+        described.append({"file": _from(out, path, root), **facts})
     write_via(out / LENGTHS.format(part), lambda temporary: write_lengths(temporary, lengths))
     return described
+
+
+def _from(out: Path, path: Path, root: Path) -> str:
+    """How the manifest in `out` names a shard: from there, if both lie in the project, which then can be moved whole.
+
+    Where results/ is a link to elsewhere, no such path leads back to the project.
+    """
+    if path.parent == out:
+        return path.name
+    is_linked = out.resolve() != root.resolve() / os.path.relpath(out, root)
+    return str(path) if is_linked or not path.is_relative_to(root) else os.path.relpath(path, out)
 
 
 # ---- progress -----------------------------------------------------------------------------------

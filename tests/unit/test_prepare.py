@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +244,56 @@ def test_missing_shards_say_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=r"data\.shards\.train: no file matches 'fineweb/\*\.bin'.*fetch_shards"):
         prepare.prepare(shard_spec(tmp_path, train="fineweb/*.bin"), tmp_path / "out", tmp_path)
     assert not (tmp_path / "out/manifest.json").exists()
+
+
+def lay_shards(root: Path) -> dict:
+    """Ready shards in root/mine; their spec."""
+    (root / "mine").mkdir(parents=True)
+    for i, name in enumerate(("train", "val")):
+        write_shard(root / f"mine/{name}.bin", np.append(np.arange(9), i).astype(np.uint16))
+    return shard_spec(root, train="mine/train.bin", val="mine/val.bin")
+
+
+def test_a_project_that_is_moved_or_copied_reads_its_own_shards(tmp_path):
+    old, new, copy = (tmp_path / name for name in ("old", "new", "copy"))
+    spec, data = lay_shards(old), "results/data/x"
+    manifest = prepare.prepare(spec, old / data, old)
+    assert manifest["train"][0]["file"] == "../../../mine/train.bin"
+    elsewhere = prepare.prepare(spec, tmp_path / "elsewhere", old)  # which is not in the project
+    assert elsewhere["train"][0]["file"] == str(old / "mine/train.bin")
+    assert {k: v for k, v in elsewhere.items() if k not in ("train", "val")} == {
+        k: v for k, v in manifest.items() if k not in ("train", "val")
+    }
+    shutil.copytree(old, copy)
+    old.rename(new)
+    (new / "mine/val.bin").unlink()
+    assert shard_spec(copy, train=spec["train"], val=spec["val"]) == spec
+    assert Dataset(copy / data / "manifest.json").shards("val")[0].tolist() == [*range(9), 1]
+    found = Dataset(new / data / "manifest.json")
+    assert found.shards("train")[0].tolist() == [*range(9), 0]
+    remedy = f"put it back or, if the project's folder was moved, .*: ./run --force {new / data}/manifest.json, with"
+    with pytest.raises(ValueError, match=f"^{new}/mine/val.bin: this token shard is missing; {remedy}"):
+        found.shards("val")
+    with pytest.raises(ValueError, match=f"^{old}/mine/train.bin: this token shard is missing; put it back or, if "):
+        Dataset(tmp_path / "elsewhere/manifest.json").shards("train")
+
+
+def test_shards_are_found_from_results_that_are_linked_to(tmp_path):
+    """From there no path leads back to the project."""
+    spec, results = lay_shards(tmp_path / "project"), tmp_path / "on/another/disk"
+    results.mkdir(parents=True)
+    (tmp_path / "project/results").symlink_to(results)
+    prepare.prepare(spec, tmp_path / "project/results/data/x", tmp_path / "project")
+    for folder in (tmp_path / "project/results", results):
+        assert Dataset(folder / "data/x/manifest.json").shards("val")[0].tolist() == [*range(9), 1]
+
+
+def test_a_shard_of_prepared_text_that_is_missing_says_how_to_make_it_again(texts):
+    root, _ = texts
+    prepare.prepare(spec_of(root, vocab_size=300, text={"files": ["a.txt"]}), root / "results/data/x", root)
+    (root / "results/data/x/val_000000.bin").unlink()
+    with pytest.raises(ValueError, match=f"missing; delete {root}/results/data/x and make it again: ./run {root}/"):
+        Dataset(root / "results/data/x/manifest.json").shards("val")
 
 
 def test_a_replaced_shard_is_other_data(tmp_path):
