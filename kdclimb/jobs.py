@@ -26,6 +26,7 @@ from kdclimb.artifacts import (
 from kdclimb.config import RunConfig
 from kdclimb.lease import Lease, last_error, status_of
 from kdclimb.provenance import source_hash
+from kdclimb.stop import EXIT_INTERRUPTED
 
 SBATCH_SAID = re.compile(r"SLURM sbatch failed\. The error message was '(.*?)'\.\n", re.DOTALL)
 ENDED = re.compile(r"SLURM-job '(\w+)' failed.*SLURM status is: '(\w+)'", re.DOTALL)
@@ -40,6 +41,8 @@ OF_THE_REQUEST = (
     "More processors requested than permitted",
 )
 JOB_ERROR = "job_error"  # of Snakemake's LogEvent
+STOPPED = f"returned non-zero exit status {EXIT_INTERRUPTED}."  # behind the command, in an error before that of the job
+INTERRUPTED = "interrupted"  # how the reason begins
 FAILURES = "logs/failed_jobs.csv"  # in a campaign's folder; not copied, as all logs
 JOB_COLUMNS = ("rule", "made", "run_ids", "attempts", "reason", "slurm_job", "log_tail")
 
@@ -68,9 +71,11 @@ class JobErrors(logging.Handler):
     def __init__(self):
         super().__init__()
         self.failed: dict[str, Failure] = {}
+        self._stopped: list[str] = []  # errors of commands that were interrupted, until their jobs are heard of
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(getattr(record, "event", None), "value", None) != JOB_ERROR:
+            self._stopped += [str(record.msg)] * (STOPPED in str(record.msg))
             return
         outputs = [str(output) for output in record.output]
         if not outputs:  # fetch_shards, which nothing waits for: Snakemake tells of it, and no file is missing
@@ -79,6 +84,9 @@ class JobErrors(logging.Handler):
         before = self.failed.get(made)
         logs = [Path(log) for log in record.log]
         reason, job, refusal = _reason(record.rule_msg or "", logs)
+        others = [said for said in self._stopped if made not in said]
+        if len(others) < len(self._stopped):
+            self._stopped, reason = others, f"{INTERRUPTED}; the next start goes on from what it did"
         tail = next((tail for log in logs if (tail := last_lines(log))), "")
         attempts = 1 + (before.attempts if before else 0)
         at_once = bool(refusal) and (before is None or before.at_once)

@@ -23,7 +23,7 @@ from kdclimb.analysis.tables import RunFolder, show_ms
 from kdclimb.campaign import read_decisions, results_data_id
 from kdclimb.config import RunConfig
 from kdclimb.expansion import Run
-from kdclimb.jobs import FAILURES, read_failures
+from kdclimb.jobs import FAILURES, INTERRUPTED, read_failures
 from kdclimb.plan import CONTROL_NAMES, Planned, what_runs
 from kdclimb.sections import Campaign
 
@@ -216,7 +216,9 @@ def _flying(found: State) -> list:
 
 
 def _failed(found: State) -> list[Text]:
-    return [Text(f"{job['rule']} left no {job['made']}: {job['reason']}", style="red") for job in found.failed]
+    styles = ["dim" if job["reason"].startswith(INTERRUPTED) else "red" for job in found.failed]
+    told = [f"{job['rule']} left no {job['made']}: {job['reason']}" for job in found.failed]
+    return [Text(line, style=style) for line, style in zip(told, styles, strict=True)]
 
 
 def _best(found: State) -> list[Text]:

@@ -104,6 +104,24 @@ def test_a_job_that_was_to_make_no_file_leaves_none_missing():
     assert heard.failed == {}
 
 
+def command_error(code, *made):
+    """What Snakemake logs of a command right before the error of its job."""
+    words = f"RuleException:\nCommand 'set -euo pipefail;  exec env python x.py --out {' '.join(made)}'"
+    return logging.makeLogRecord({"event": LogEvent.ERROR, "msg": f"{words} returned non-zero exit status {code}."})
+
+
+def test_a_job_that_was_interrupted_did_not_fail():
+    heard, batch = JobErrors(), "results/tiny/batches/ce-1of1-0f.csv"
+    heard.handle(command_error(75, batch))
+    heard.handle(command_error(1, "results/runs/a/status.json"))
+    for said in ("interrupted; the next start goes on from what it did", "its command failed"):  # a retry, which failed
+        heard.handle(error("", "a", rule_msg=None))
+        heard.handle(error("", "", rule_name="train_batch", rule_msg=None, output=[batch]))
+        reasons = {made: failure.reason for made, failure in heard.failed.items()}
+        assert reasons["results/runs/a/status.json"] == "its command failed"
+        assert reasons[batch] == said
+
+
 @pytest.mark.parametrize("killed", [["Slurm job 1 was ended: OUT_OF_MEMORY"], ["Slurm job 1 was ended: TIMEOUT"]])
 def test_tries_before_the_refusal_are_told(tmp_path, killed):
     config = make_config()

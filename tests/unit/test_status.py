@@ -1,5 +1,6 @@
 """How far a campaign is: stages, runs in flight, the budget; and the report of what is there."""
 
+import dataclasses
 import fcntl
 import io
 import json
@@ -171,6 +172,18 @@ def test_what_a_failed_job_left_unfinished_is_shown_with_its_reason(halfway):
     assert (row["run_id"], row["mode"], row["enters_claims"]) == (run.run_id, "ce_baseline", "no: unfinished")
     (folder / "status.json").write_text("{}")
     assert [job["rule"] for job in write_failures(halfway.made.out / FAILURES, [])] == ["kd_cache"]
+
+
+def test_a_job_that_was_interrupted_is_no_alarm(halfway):
+    nothing = dict.fromkeys(JOB_COLUMNS, "")
+    reasons = {"a.csv": "interrupted; the next start goes on from what it did", "b.csv": "its command failed"}
+    jobs = [nothing | {"rule": "train_batch", "made": made, "reason": reason} for made, reason in reasons.items()]
+    found = dataclasses.replace(halfway.state(), failed=jobs)
+    lines = {line.plain: line.style for line in status._failed(found)}
+    assert lines == {
+        "train_batch left no a.csv: interrupted; the next start goes on from what it did": "dim",
+        "train_batch left no b.csv: its command failed": "red",
+    }
 
 
 def test_a_malformed_run_is_an_error_that_names_it(halfway):

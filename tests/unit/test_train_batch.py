@@ -127,5 +127,6 @@ def test_a_signal_ends_the_run_at_its_next_step_and_the_job(all_of_it, batch, ba
         os.kill(json.loads((folder / ".state/lease.json").read_text())["process"], signal.SIGTERM)
     assert "interrupted: at step" in end(process, EXIT_INTERRUPTED)
     assert not (batch.runs / probes[0].run_id).exists() and not batch.csv.exists()
+    assert batch.log.read_text().splitlines()[1:] == ["interrupted; start it again to go on"]
     end(batch.start([baseline, probes[0]]), 0)
     assert "resumed at step" in (folder / "train.log").read_text()

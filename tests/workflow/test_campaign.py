@@ -526,6 +526,15 @@ def test_no_more_training_jobs_run_than_there_are_gpus(options, most, checkout, 
     assert started[:2] == [1, most]  # the data; then as many as there is room for
 
 
+def test_jobs_that_are_interrupted_are_told_as_such(checkout):
+    (checkout.path / "workflow/scripts/train_batch.py").write_text("import sys\n\nsys.exit(75)\n")
+    output = checkout.run("results/tiny/ce/timing.csv", *TINY, code=1)
+    (batch,) = re.findall(
+        r"^kdclimb: train_batch left no (\S+): interrupted; the next start goes on", output, re.MULTILINE
+    )
+    assert [row["made"] for row in rows(checkout.path / "results/tiny/logs/failed_jobs.csv")] == [batch]
+
+
 def test_plain_snakemake_works_in_a_prepared_environment(finished):
     command = [".venv/bin/snakemake", "--cores", "8", "-n", *TINY]
     output = subprocess.run(command, cwd=finished.path, capture_output=True, text=True)

@@ -62,6 +62,11 @@ def note(log: Path, line: str) -> None:
         print(line, file=file)
 
 
+def interrupted(log: Path) -> int:
+    note(log, "interrupted; start it again to go on")
+    return EXIT_INTERRUPTED
+
+
 def main() -> int:
     args = parser.parse_args()
     stop = StopRequests()
@@ -70,7 +75,7 @@ def main() -> int:
     folders, failed = [], 0
     for text in args.configs:
         if stop.asked():
-            return EXIT_INTERRUPTED
+            return interrupted(args.log)
         config = RunConfig.from_dict(json.loads(text))
         folders.append(Path("results/runs", config.run_id))
         if (folders[-1] / "status.json").is_file() and not (folders[-1] / ".state").is_dir():
@@ -81,7 +86,7 @@ def main() -> int:
         process.start()
         process.join()
         if process.exitcode == EXIT_INTERRUPTED or (process.exitcode and stop.asked()):
-            return EXIT_INTERRUPTED
+            return interrupted(args.log)
         if process.exitcode:
             failed = 1
             note(args.log, f"{config.run_id}: ended with exit code {process.exitcode}")
