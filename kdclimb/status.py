@@ -210,9 +210,15 @@ def _flying(found: State) -> list:
     for progress in found.flying:
         bar = ProgressBar(total=progress.total, completed=progress.step, width=20)
         loss = "" if progress.val_loss is None else f"{progress.val_loss:.4f}"
-        eta = "" if progress.left is None else time.strftime("%H:%M:%S", time.gmtime(progress.left))
+        eta = "" if progress.left is None else show_left(progress.left)
         table.add_row(progress.run.run_id, f"{progress.step}/{progress.total}", bar, loss, eta)
     return [table]
+
+
+def show_left(seconds: float) -> str:
+    """HH:MM:SS, behind the days if there are any."""
+    days = int(seconds // 86400)
+    return (f"{days} d " if days else "") + time.strftime("%H:%M:%S", time.gmtime(seconds))
 
 
 def _failed(found: State) -> list[Text]:

@@ -141,6 +141,17 @@ def test_a_run_in_flight_has_its_step_loss_and_time_left(halfway):
         assert "100/300" in text and "00:02:00" in text and "9 of 10" in text
 
 
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(1.0, "00:00:01"), (86399.9, "23:59:59"), (29.5 * 3600, "1 d 05:30:00"), (40 * 86400.0, "40 d 00:00:00")],
+)
+def test_the_time_left_has_its_days(halfway, seconds, shown):
+    run = halfway.made.expanded("ce")[0]
+    flying = [status.Progress(run, 50, 100, 5.0, seconds)]  # half of it took as long as is left
+    (table,) = status._flying(dataclasses.replace(halfway.state(), flying=flying))
+    assert [*table.columns[-1].cells] == [shown]
+
+
 def test_a_run_that_failed_is_counted(halfway):
     halfway.made.edit = lambda run: (
         {"status": "oom", "reason": "9 GiB", "val": [], "step_ms": []} if run.arm == "probe" else {}
