@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -24,6 +25,7 @@ from kdclimb.campaign import read_decisions, results_data_id
 from kdclimb.config import RunConfig
 from kdclimb.expansion import Run
 from kdclimb.jobs import FAILURES, INTERRUPTED, read_failures
+from kdclimb.lease import ENDED, GONE, job_state
 from kdclimb.plan import CONTROL_NAMES, Planned, what_runs
 from kdclimb.sections import Campaign
 
@@ -39,6 +41,7 @@ STAGES = {  # arms that are one stage to who waits for them
 }
 VALIDATION = re.compile(r"^step (\d+)/(\d+) val_loss ([\d.]+)", re.MULTILINE)
 ATTEMPT = re.compile(r"^attempt \d+", re.MULTILINE)
+ASKED_EVERY = 60.0  # seconds between two questions to Slurm about the same job
 NICENESS = 19  # of whoever watches: the runs that are watched are timed
 
 
@@ -150,7 +153,7 @@ def _since(folder: Path, log: str) -> float | None:
 def is_held(state_folder: Path) -> bool:
     """Whether a process holds the run's lock, or by its lease a job on another node does."""
     lock, lease = state_folder / "lock", _json(state_folder / "lease.json")
-    if lease.get("held") and lease.get("job"):
+    if lease.get("held") and lease.get("job") and _lives(lease["job"], time.monotonic() // ASKED_EVERY):
         return True
     if not lock.is_file():
         return False
@@ -160,6 +163,15 @@ def is_held(state_folder: Path) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+@lru_cache(1024)
+def _lives(job: str, asked: float) -> bool:
+    """Whether a Slurm job has not ended; `asked` is another number when Slurm is to be asked again."""
+    try:
+        return job_state(job) not in {*ENDED, GONE}
+    except OSError:  # no Slurm here, or none that answers: then what the lease says
+        return True
 
 
 def watch(reader: Reader, console: Console, every: float) -> State:

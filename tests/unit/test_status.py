@@ -19,6 +19,7 @@ from kdclimb.__main__ import main
 from kdclimb.analysis.so_far import report_so_far
 from kdclimb.analysis.tables import RUN_COLUMNS, AnalysisError, read_csv
 from kdclimb.jobs import FAILURES, JOB_COLUMNS, write_failures
+from kdclimb.lease import GONE
 
 
 class Halfway:
@@ -150,6 +151,36 @@ def test_the_time_left_has_its_days(halfway, seconds, shown):
     flying = [status.Progress(run, 50, 100, 5.0, seconds)]  # half of it took as long as is left
     (table,) = status._flying(dataclasses.replace(halfway.state(), flying=flying))
     assert [*table.columns[-1].cells] == [shown]
+
+
+def test_a_lease_of_a_slurm_job_counts_while_that_lives_and_slurm_is_not_asked_each_time(halfway, monkeypatch):
+    halfway.made.baseline()
+    run = next(run for run in halfway.made.expanded("ce") if run.config.schedule.horizon == 300)
+    folder, asked, now = halfway.made.runs / run.run_id, [], [1000 * status.ASKED_EVERY]
+    (folder / "status.json").unlink()
+    (folder / ".state").mkdir()
+    states = {"4711": ["RUNNING", "NODE_FAIL"], "4712": [GONE], "4713": [OSError("squeue does not answer")]}
+
+    def job_state(job):
+        asked.append(job)
+        found = states[job].pop(0)
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+    monkeypatch.setattr(status, "job_state", job_state)
+    monkeypatch.setattr(status, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    status._lives.cache_clear()
+    reader = halfway.reader()
+
+    def flying(job, later=0.0):
+        (folder / ".state/lease.json").write_text(json.dumps({"held": True, "job": job}))
+        now[0] += later
+        return len(reader.read().flying)
+
+    assert [flying("4711"), flying("4711", 0.9 * status.ASKED_EVERY)] == [1, 1] and asked == ["4711"]
+    assert flying("4711", status.ASKED_EVERY) == 0 and asked == ["4711", "4711"]
+    assert (flying("4712"), flying("4713")) == (0, 1)
 
 
 def test_a_run_that_failed_is_counted(halfway):
