@@ -9,6 +9,7 @@ import csv
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -109,15 +110,20 @@ def _reason(said: str, logs: list[Path]) -> tuple[str, str, str]:
 def write_failures(path: Path, rows: list[dict], asked: Callable[[str], bool] = lambda made: True) -> list[dict]:
     """Keep the table of jobs that left no result, and return it: `rows`, of this start, and those of earlier ones whose
     files are still missing, and still `asked` for: another config may need others. There is no such file when there is
-    no such job.
+    no such job. Where it can't be written that is said, and no error: the master has more to do at its end.
     """
     known = {row["made"] for row in rows}
     earlier = [row for row in read_failures(path) if row["made"] not in known and asked(row["made"])]
     rows = earlier + list(filter(_is_missing, rows))
-    if rows:
-        write_csv(path, list(JOB_COLUMNS), rows)
-    else:
-        path.unlink(missing_ok=True)
+    try:
+        if rows:
+            write_csv(path, list(JOB_COLUMNS), rows)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        print(
+            f"kdclimb: {path}: status and report won't know of the jobs that left no result: {error}", file=sys.stderr
+        )
     return rows
 
 

@@ -354,6 +354,17 @@ def still_asked(made):
     return True
 
 
+def make_refused(failure, folders):
+    """Write the results of the runs, by their folders, of a job that Slurm refused, and its list of them."""
+    for folder, config in folders.items():
+        if write_refused(config, folder, failure.refusal, failure.at_once):
+            retry = "python -m kdclimb retry --status refused"
+            print(f"kdclimb: {folder.name}: {failure.reason}. To ask again: {retry}", file=sys.stderr)
+    ended = [(folder / "status.json").is_file() for folder in folders]
+    if failure.rule == "train_batch" and ended and all(ended):
+        write_batch(Path(failure.made), folders)
+
+
 def tell_failed():
     """Say which jobs left no result, and why, and keep that for status and report.
 
@@ -364,15 +375,11 @@ def tell_failed():
     rows = []
     for failure in JOB_ERRORS.failed.values():
         folders = {Path("results/runs", config.run_id): config for config in runs_of(failure)}
-        if failure.refusal:
-            for folder, config in folders.items():
-                if write_refused(config, folder, failure.refusal, failure.at_once):
-                    retry = "python -m kdclimb retry --status refused"
-                    print(f"kdclimb: {folder.name}: {failure.reason}. To ask again: {retry}", file=sys.stderr)
-            ended = [(folder / "status.json").is_file() for folder in folders]
-            batch = failure.rule == "train_batch"
-            if batch and ended and all(ended):
-                write_batch(Path(failure.made), folders)
+        try:
+            if failure.refusal:
+                make_refused(failure, folders)
+        except OSError as error:
+            print(f"kdclimb: {failure.made}: the refusal is not written: {error}", file=sys.stderr)
         rows.append(failure.row(folder.name for folder in folders))
     for row in write_failures(Path(RESULTS, FAILURES), rows, still_asked):
         tail = "".join(f"\n    {line}" for line in row["log_tail"].splitlines())

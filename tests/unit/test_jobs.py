@@ -1,5 +1,6 @@
 """Jobs that left no result: what is heard of them in Snakemake's log; and runs that Slurm would not take."""
 
+import errno
 import json
 import logging
 
@@ -7,7 +8,9 @@ import pytest
 from snakemake_interface_logger_plugins.common import LogEvent
 from test_analysis_synthetic import make_config
 
+from kdclimb import jobs
 from kdclimb.analysis.tables import RUN_COLUMNS, RunFolder, read_csv, write_csv
+from kdclimb.artifacts import needs_room
 from kdclimb.jobs import JOB_COLUMNS, JobErrors, read_failures, write_failures, write_refused
 from kdclimb.lease import Lease
 
@@ -84,6 +87,18 @@ def test_the_table_of_failed_jobs_holds_what_is_still_missing(tmp_path):
     assert row["made"] == str(made[2]) and [row["made"] for row in read_failures(table)] == [str(made[2])]
     made[2].touch()
     assert write_failures(table, []) == [] and not table.exists()
+
+
+def test_a_table_of_failed_jobs_that_has_no_room_is_said(tmp_path, monkeypatch, capsys):
+    def full(path, *_):
+        with needs_room(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(jobs, "write_csv", full)
+    rows = [dict.fromkeys(JOB_COLUMNS, "") | {"made": str(tmp_path / "a")}]
+    assert write_failures(tmp_path / "failed.csv", rows) == rows
+    said = capsys.readouterr().err
+    assert said.startswith(f"kdclimb: {tmp_path}/failed.csv: ") and "no room on its disk" in said
 
 
 def test_a_refused_run_is_a_row_of_the_run_table(tmp_path):

@@ -535,6 +535,18 @@ def test_jobs_that_are_interrupted_are_told_as_such(checkout):
     assert [row["made"] for row in rows(checkout.path / "results/tiny/logs/failed_jobs.csv")] == [batch]
 
 
+def test_an_end_that_cant_keep_its_failed_jobs_goes_on_to_the_mirror(checkout, tmp_path):
+    """As on a full disk."""
+    (checkout.path / "workflow/scripts/train_batch.py").write_text("import sys\n\nsys.exit(1)\n")
+    (checkout.path / "results/tiny/logs/failed_jobs.csv").mkdir(parents=True)
+    (checkout.path / "results/tiny/seen.txt").touch()
+    mirrored = overlay(checkout, "mirrored", paths={"mirror": str(tmp_path / "mirror")})
+    output = checkout.run("results/tiny/ce/timing.csv", *mirrored, code=1)
+    assert "kdclimb: results/tiny/logs/failed_jobs.csv: status and report won't know of" in output
+    assert "kdclimb: train_batch left no results/tiny/batches/ce-" in output and "Traceback" not in output
+    assert "kdclimb: stopped by an error (above)" in output and (tmp_path / "mirror/results/tiny/seen.txt").is_file()
+
+
 def test_plain_snakemake_works_in_a_prepared_environment(finished):
     command = [".venv/bin/snakemake", "--cores", "8", "-n", *TINY]
     output = subprocess.run(command, cwd=finished.path, capture_output=True, text=True)
