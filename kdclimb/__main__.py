@@ -91,7 +91,7 @@ def _add_state(commands, config, results) -> None:
     status.add_argument("--once", action="store_true", help="print it once, on a terminal too")
     every = "read it again so often (default: 5)"
     status.add_argument("--every", type=_positive, default=5.0, metavar="SECONDS", help=every)
-    about = "the report of an unfinished campaign, from what is there, in its folder so_far/"
+    about = "the report of an unfinished campaign, or of a record, from what is there, in its folder so_far/"
     page = commands.add_parser("report", help=about, description=about, parents=[config, results])
     page.set_defaults(call=report_so_far)
 
