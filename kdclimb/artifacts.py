@@ -88,6 +88,13 @@ def write_via(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def drop_unfinished(*folders: Path) -> None:
+    """Delete what `write_via` was at when it was killed. Nobody else may be writing in these folders."""
+    for folder in folders:
+        for temporary in folder.glob(".*.tmp"):
+            temporary.unlink()
+
+
 def sync(path: Path) -> None:
     """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -227,6 +234,10 @@ class RunFolder:
         """Hold the folder. Waits for a run that is being stopped, for as long as it takes."""
         with locked(self.state):
             yield
+
+    def drop_unfinished(self) -> None:
+        """Delete the half files of tries that were killed, each as large as a state. To be called by who holds it."""
+        drop_unfinished(self.path, self.path / "checkpoints", self.state)
 
     def progress(self) -> int | None:
         """When the resume state was written, in ns; None if there is none."""

@@ -172,6 +172,7 @@ def make(config: NgramConfig, out: Path, manifest: Path, threads: int) -> None:
         key = {"code": source_hash(ENTRY), "data": dataset.hash, "device": device_kind(config.device)}
         if folder.restore_complete(key, any_code=False):  # what a job counted whose master was killed
             return
+        folder.drop_unfinished()
         (out / "status.json").unlink(missing_ok=True)
         table, tokens, cost_ms = timed_count(dataset, config)
         cut = config.validation.cut(config.max_doc_tokens)

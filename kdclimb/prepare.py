@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from kdclimb.artifacts import Damaged, needs_room, read_sealed, seal, sha256, write_json, write_via
+from kdclimb.artifacts import Damaged, drop_unfinished, needs_room, read_sealed, seal, sha256, write_json, write_via
 from kdclimb.config import short_hash
 from kdclimb.shards import count_tokens, document_lengths, write_shards
 from kdclimb.sources import PARTS, fingerprint, shard_files, source_files
@@ -72,6 +72,7 @@ def _prepared(out: Path, made_by: dict) -> dict | None:
 def _make(spec: dict, out: Path, root: Path) -> dict:
     for old in (*out.glob("*.bin"), *out.glob(LENGTHS.format("*")), out / PREPARED):
         old.unlink(missing_ok=True)
+    drop_unfinished(out)
     if fingerprint(source_files(spec, root), root) != spec["fingerprint"]:
         raise ValueError(f"data.{spec['source']}: its files are not those that this started with; start it again")
     parts = _prepare_text(spec, out, root) if spec["source"] == "text" else _list_shards(spec, out, root)

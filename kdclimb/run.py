@@ -165,6 +165,7 @@ class _Attempt:
         out = self.folder.path
         (out / "status.json").unlink(missing_ok=True)  # an earlier result, of other code or data
         with Lease(self.folder.state / "lease.json", self.folder.progress()) as held:
+            self.folder.drop_unfinished()  # after the wait for a job on another node, which the lock may not reach
             attempts, self.killed = self.folder.count_attempt(), held.killed
             if give_up and len(held.killed) >= KILLED_TRIES:
                 status, how = status_of(held.killed), "; ".join(held.killed)

@@ -1,16 +1,19 @@
 """SIGKILL at random moments, to the trainer and to the master: the tables are those of what nobody touched."""
 
 import contextlib
+import json
 import os
 import random
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 import yaml
 from checkouts import ROOT, Checkout, overlay
-from training import start_training
+from configs import prepare_tiny
+from training import start_training, train
 
 KILLS = 10  # in each campaign
 LONGEST = 12.0  # seconds between two of them, at most
@@ -48,6 +51,53 @@ def test_two_trainers_of_one_run_make_one_result(made, tmp_path):
     assert sum("already complete" in text for text in said) == 1
     assert (out / ".state/attempts").read_text() == "1"
     assert_same_run(results, config, out)
+
+
+KILLED_IN_A_SAVE = """
+import json, os, signal, sys
+from pathlib import Path
+from configs import prepare_tiny
+from training import train
+from kdclimb import artifacts
+from kdclimb.config import RunConfig
+config, out, name = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+sync = artifacts.sync
+artifacts.sync = lambda path: os.kill(os.getpid(), signal.SIGKILL) if name in path.name else sync(path)
+train(RunConfig.from_dict(config), out, Path(sys.argv[4])) if config else prepare_tiny(out)
+"""
+
+
+def killed_in_a_save(name, out, config=None, manifest=None):
+    """Train `config` into `out`, or without one prepare the tiny data there; SIGKILL once a file `name` is written, and
+    has no name yet.
+    """
+    command = [sys.executable, "-c", KILLED_IN_A_SAVE, json.dumps(config and config.to_dict()), out, name]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([*command, str(manifest)], cwd=ROOT, env=environment).returncode == -signal.SIGKILL
+
+
+def unfinished(out) -> set[str]:
+    """Names, without the process's number, of files that have not got their own yet."""
+    return {file.name.rsplit(".", 2)[0] for file in out.rglob(".*.tmp")}
+
+
+def test_what_a_kill_in_a_save_leaves_is_gone_with_the_next_try(made, tmp_path):
+    results, manifest, config = made
+    out = tmp_path / config.run_id
+    for name in ("resume.safetensors", "model.safetensors", "steps.csv"):
+        killed_in_a_save(name, out, config, manifest)
+        assert unfinished(out) == {f".{name}"}
+    assert train(config, out, manifest) == 0
+    assert not unfinished(out)
+    assert_same_run(results, config, out)
+
+
+def test_what_a_kill_in_a_shard_leaves_is_gone_with_the_next_try(made, tmp_path):
+    killed_in_a_save("train_000000.bin", tmp_path)
+    assert unfinished(tmp_path) == {".train_000000.bin"}
+    _, manifest = prepare_tiny(tmp_path)
+    assert not unfinished(tmp_path)
+    assert manifest.read_bytes() == made[1].read_bytes()
 
 
 def assert_same_run(results, config, out):
