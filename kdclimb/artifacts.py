@@ -44,6 +44,7 @@ SUMMARY_COLUMNS = (
 ).split()
 
 
+MADE_ON = ("torch", "device", "threads")  # of a run's key: what it is not asked for again once it is finished
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -273,14 +274,16 @@ class RunFolder:
     def restore_complete(self, key: dict, *, any_code: bool, weights: bool = True) -> bool:
         """Bring back the artifacts of a finished run with the same key; False if there is none, or none with `weights`.
 
-        What was damaged since is said on stderr, and counts as none.
+        But for what it ran on (MADE_ON), as a timing that was taken is not taken again, and but for the code with
+        `any_code`. What was damaged since is said on stderr, and counts as none.
         """
         kept = self.state / "complete"
         if not (kept / "key.json").is_file():
             return False
         try:
             found = read_sealed(kept / "key.json", "the run is made again")["key"]
-            if _but_code(found, any_code) != _but_code(key, any_code):
+            ignored = {*MADE_ON, *(["code"] if any_code else [])}
+            if _without(ignored, found) != _without(ignored, key):
                 return False
             status = read_sealed(kept / "status.json", "the run is made again")
             files = status["files"]
@@ -321,8 +324,8 @@ def verify(path: Path, digest: str, remedy: str) -> None:
         raise Damaged(f"{path}: damaged: not as it was written; {remedy}")
 
 
-def _but_code(key: dict, any_code: bool) -> dict:
-    return {name: value for name, value in key.items() if not (any_code and name == "code")}
+def _without(names: set[str], key: dict) -> dict:
+    return {name: value for name, value in key.items() if name not in names}
 
 
 def link(source: Path, target: Path) -> None:

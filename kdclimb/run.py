@@ -74,14 +74,15 @@ def run(
     policy: Path | None = None,
     give_up: bool = False,
     weights: bool = True,
+    any_weights: bool = False,
 ) -> int:
     """Train `config` into the folder `out`; returns the exit code.
 
     0: the folder holds a result, which may be a failure (diverged, oom, failed) with its reason in
     status.json. 75: interrupted, start it again. 1: failed unexpectedly, and this was not the last attempt.
     Raises ConfigError or ValueError, and leaves no result, if config, data or teacher don't fit. A finished
-    run with the same key (config, code, data, teacher, torch, threads) is brought back, not trained again;
-    `any_code` takes one of any code. `policy` is summary.csv of the run that `lr_policy` names. `give_up` makes a
+    run of the same config, code, data and teacher is brought back, not trained again; `any_code` takes one of any code,
+    `any_weights` one that kept none. `policy` is summary.csv of the run that `lr_policy` names. `give_up` makes a
     result of tries that were killed without a word. Without `weights` none are kept.
     """
     if out.name != config.run_id:
@@ -96,7 +97,7 @@ def run(
         dataset = Dataset(manifest)
         stop = policy_stop_step(config, policy)
         key = _key(config, dataset, teacher, threads) | ({"kd_stop_step": stop} if config.lr_policy else {})
-        if folder.restore_complete(key, any_code=any_code, weights=weights):
+        if folder.restore_complete(key, any_code=any_code, weights=weights and not any_weights):
             again = f"to train it anew: --out ELSEWHERE/{config.run_id}"
             print(f"{config.run_id}: already complete; its artifacts are back ({again})", file=sys.stderr)
             return 0
@@ -134,7 +135,7 @@ def policy_stop_step(config: RunConfig, policy: Path | None) -> int | None:
 
 
 def _key(config: RunConfig, dataset: Dataset, teacher: Path | None, threads: int) -> dict:
-    """What a resume state or a finished run must share with what is asked, to stand for it."""
+    """What a resume state must share with what is asked, to stand for it; a finished run, but for what it ran on."""
     return {
         "config": short_hash(config.canonical()),
         "code": source_hash(ENTRY),

@@ -79,8 +79,8 @@ if GPUS and "gpu" not in workflow.global_resources:  # which --resources may hav
     workflow.global_resources["gpu"] = GPUS  # shares of 8 cores among 3 GPUs are 2, and would let a fourth job start
 SIGNAL = of_profile("slurm_signal", "TERM@120")  # NAME@SECONDS, before a job's time limit
 LONGEST = max(run.tokens for run in campaigns.token_needs(CAMPAIGN).runs)
-# By decisions: the runs, their configs by id, the batches, and the batch of each run that is in one; a wide campaign
-# asks for each, and again. By the stamp of the decisions' files: what they hold.
+# By decisions: the runs, their configs by id, the batches, the batch of each run that is in one, those whose weights
+# nobody wants, and the teachers; a wide campaign asks for each, and again. By the stamp of the decisions' files: what they hold.
 _expanded, _decided = {}, {}
 
 
@@ -109,6 +109,7 @@ def expand_runs():
             {batch: [run.config for run in members] for batch, members in shared.items()},
             {run.run_id: batch for batch, members in shared.items() for run in members},
             expansion.without_weights(CAMPAIGN, found),
+            {run.run_id for run in found if run.arm == "teacher"},
         )
         if MINUTES is not None and workflow.is_main_process:
             print(plan_on_cluster(), file=sys.stderr)
@@ -307,7 +308,10 @@ def policy_runs(*configs):
 
 
 def weights_flag(config):
-    return "--no-weights" if config.run_id in expand_runs()[4] else ""
+    """Without a flag, a finished run that kept none is trained again: a teacher alone, whose weights are needed."""
+    if config.run_id in expand_runs()[4]:
+        return "--no-weights"
+    return "" if config.run_id in expand_runs()[5] else "--any-weights"
 
 
 def weights_flags(configs):

@@ -106,6 +106,7 @@ def test_a_run_whose_weights_nobody_wants_keeps_none_until_somebody_does(tiny_ru
     with pytest.raises(ValueError, match=f"`weights` kept none of it: .*retry --run {probe.run_id}"):
         train(grown, tmp_path / "grown", folder / "checkpoints")
     assert ran(weights=False) == (0, 1, [])  # brought back
+    assert ran(any_weights=True) == (0, 1, [])  # wanted, but not needed
     assert ran() == (0, 2, both)
     assert ran(weights=False) == (0, 2, both)  # what is there stays
 
@@ -316,6 +317,15 @@ def test_a_complete_run_comes_back_without_training(kd_run, tiny_runs, train, te
     monkeypatch.setattr(Trainer, "train_step", None)
     assert train(pick(tiny_runs, "kd"), tmp_path, teacher_folder)[0] == 0
     assert_same_result(kd_run, out)
+
+
+@pytest.mark.parametrize("part", ["config", "code", "data", "teacher", "torch", "device", "threads"])
+def test_a_finished_run_stands_whatever_it_ran_on_and_not_for_what_else_differs(part, kd_run, tmp_path):
+    folder = RunFolder(shutil.copytree(kd_run, tmp_path / kd_run.name))
+    key = json.loads((folder.state / "complete/key.json").read_text())["key"]
+    assert len(key) == 7 and folder.restore_complete(key, any_code=False)
+    stands = folder.restore_complete(key | {part: "another"}, any_code=False)
+    assert stands is (part in ("torch", "device", "threads"))
 
 
 @pytest.mark.parametrize("frozen", [False, True])

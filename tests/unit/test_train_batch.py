@@ -103,6 +103,17 @@ def test_a_run_that_fails_takes_no_other_along_and_those_are_not_trained_again(b
     assert [(folder / "checkpoints").stat().st_mtime_ns for folder in others] == made  # nor made to look newer
 
 
+def test_finished_runs_stand_with_other_threads_and_when_weights_are_wanted(batch, probes):
+    kept_none = batch.runs / probes[-1].run_id
+    end(batch.start(probes[1:], "--no-weights", kept_none.name), 0)
+    others = [batch.runs / config.run_id for config in probes[1:]]
+    made = {file: file.stat().st_mtime_ns for folder in others for file in folder.glob("*.csv")}
+    said = end(batch.start(probes, "--threads", "2"), 0)  # as when a run has joined them since
+    assert attempts(batch.runs / probes[0].run_id) == 1 and f"{probes[0].run_id}: step 5/5" in said
+    assert [attempts(folder) for folder in others] == [1] * len(others) and said.count("already complete") == 2
+    assert {file: file.stat().st_mtime_ns for file in made} == made and not [*(kept_none / "checkpoints").iterdir()]
+
+
 def test_a_run_that_is_killed_takes_no_other_along(batch, baseline, probes):
     process = batch.start([baseline, probes[0]])
     folder = batch.runs / baseline.run_id

@@ -219,6 +219,22 @@ def test_runs_of_a_stage_share_a_job_and_come_back_from_their_folders(finished, 
     assert changed.attempts()[run_id] == 1 and changed.tables()["ce/timing.csv"] == tables["ce/timing.csv"]
 
 
+def test_finished_runs_stand_when_weights_wants_more(checkout):
+    """In the job of another that is made anew, and in one of their own, where Snakemake deleted what it makes."""
+    target, alone = "results/tiny/teacher/probe.csv", {"cluster": {"tokens_per_job": 0}}
+    checkout.run(target, *TINY)
+    first, second, third = (checkout.path / "results/runs" / run_id for run_id in sorted(checkout.attempts()))
+    made = {file: file.stat().st_mtime_ns for file in (*second.glob("*.csv"), *third.glob("*.csv"))}
+    checkout.kdclimb("retry", "--run", first.name)
+    assert jobs(checkout.run(target, *overlay(checkout, "all", weights="all"))) == ["train_batch", "teacher_probe"]
+    assert [len([*(folder / "checkpoints").iterdir()]) for folder in (first, second, third)] == [2, 0, 0]
+    assert {file: file.stat().st_mtime_ns for file in made} == made
+    (second / "summary.csv").unlink()
+    wanted = overlay(checkout, "alone", weights="all", **alone)
+    assert jobs(checkout.run(f"results/runs/{second.name}/summary.csv", *wanted)) == ["train"]
+    assert checkout.attempts() == {folder.name: 1 for folder in (first, second, third)}
+
+
 def test_a_job_for_each_run_has_the_tables_of_shared_ones_and_a_thousand_are_planned_in_seconds(small, checkout):
     alone = {"cluster": {"tokens_per_job": 0}}
     output = checkout.run(*overlay(checkout, "alone", **SMALL, **alone))

@@ -22,6 +22,7 @@ parser.add_argument("--code", choices=("track", "frozen"), default="track", help
 parser.add_argument("--attempt", type=int, default=1, help="which attempt this is, of --attempts")
 parser.add_argument("--attempts", type=int, default=1, help="an unexpected failure is a result only on the last one")
 parser.add_argument("--no-weights", action="store_true", help="keep none: nothing starts or learns from this run")
+parser.add_argument("--any-weights", action="store_true", help="a finished run that kept none is not trained again")
 parser.add_argument("--mirror", metavar="ROOT", help="a second root, where a finished run is copied to")
 
 
@@ -44,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int | str:
             policy=args.policy,
             give_up=args.attempt > args.attempts,
             weights=not args.no_weights,
+            any_weights=args.any_weights,
         )
     except (ValueError, OSError) as error:
         return f"train: {error}"

@@ -41,7 +41,8 @@ def flags(config: RunConfig, text: str, args: argparse.Namespace) -> list[str]:
     if config.lr_policy is not None:
         given["policy"] = runs / config.lr_policy.run / "summary.csv"
     words = [str(word) for name, value in given.items() if value is not None for word in (f"--{name}", value)]
-    return words + ["--no-weights"] * (config.run_id in args.no_weights)
+    words += ["--no-weights"] * (config.run_id in args.no_weights)
+    return [*words, "--any-weights"]  # what others start or learn from, a teacher, has a job of its own
 
 
 def child(arguments: list[str], name: str, log: Path) -> None:
