@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -261,15 +261,56 @@ class RunFolder:
         shutil.rmtree(kept, ignore_errors=True)
         kept.mkdir()
         write_json(kept / "status.json", seal(status | {"files": hashes(self.path)}))
-        for name in ARTIFACTS[:-1]:
-            link(self.path / name, kept / name)
-        if (self.path / LOG).is_file():  # a copy: what empties the log must not empty this
-            shutil.copyfile(self.path / LOG, kept / LOG)
-        write_json(kept / "key.json", seal({"key": key}))
+        self._keep(ARTIFACTS[:-1], {"key": key})
         (self.path / "status.json").unlink(missing_ok=True)
         link(kept / "status.json", self.path / "status.json")
         sync(self.path)
         self.resume_file.unlink(missing_ok=True)
+
+    def keep_imported(self, files: dict[str, str]) -> None:
+        """Have under .state/complete what brings back a finished run that a bundle brought, `files` with their sha256.
+
+        It has no key: whatever is changed here, it was made elsewhere. Nothing is done for a run that was made here.
+        """
+        kept = self.state / "complete"
+        if (kept / "key.json").is_file() and self._imported() is None:
+            return
+        with self.lock():
+            shutil.rmtree(kept, ignore_errors=True)
+            kept.mkdir()
+            self._keep(ARTIFACTS, {"imported": files})
+
+    def restore_imported(self) -> bool:
+        """Bring back a run that a bundle brought; False if none did. What was damaged is said, and counts as none."""
+        files = self._imported()
+        if files is None:
+            return False
+        with self.lock():
+            try:
+                for name, digest in files.items():
+                    verify(self.state / "complete" / name, digest, "import its bundle again, or it is made here")
+            except (Damaged, OSError) as error:
+                print(f"{self.path.name}: {error}", file=sys.stderr)
+                return False
+            self._bring_back()
+        again = f"to make it here: python -m kdclimb retry --run {self.path.name}"
+        print(f"{self.path.name}: a bundle brought it; its artifacts are back ({again})", file=sys.stderr)
+        return True
+
+    def _imported(self) -> dict[str, str] | None:
+        """{file: its sha256} of a run that a bundle brought; None of one that was made here, or that can't be told."""
+        with suppress(Damaged, OSError):
+            return read_sealed(self.state / "complete/key.json", "").get("imported")
+        return None
+
+    def _keep(self, names: Iterable[str], note: dict) -> None:
+        """Link these artifacts, and last write `note` on them, under .state/complete."""
+        kept = self.state / "complete"
+        for name in names:
+            link(self.path / name, kept / name)
+        if (self.path / LOG).is_file():  # a copy: what empties the log must not empty this
+            shutil.copyfile(self.path / LOG, kept / LOG)
+        write_json(kept / "key.json", seal(note))
 
     def restore_complete(self, key: dict, *, any_code: bool, weights: bool = True) -> bool:
         """Bring back the artifacts of a finished run with the same key; False if there is none, or none with `weights`.
@@ -281,7 +322,7 @@ class RunFolder:
         if not (kept / "key.json").is_file():
             return False
         try:
-            found = read_sealed(kept / "key.json", "the run is made again")["key"]
+            found = read_sealed(kept / "key.json", "the run is made again").get("key", {})
             ignored = {*MADE_ON, *(["code"] if any_code else [])}
             if _without(ignored, found) != _without(ignored, key):
                 return False
@@ -294,6 +335,11 @@ class RunFolder:
         except (Damaged, OSError) as error:
             print(f"{self.path.name}: {error}", file=sys.stderr)
             return False
+        self._bring_back()
+        return True
+
+    def _bring_back(self) -> None:
+        kept = self.state / "complete"
         for name in ARTIFACTS:
             source, target = kept / name, self.path / name
             if not _is_linked(source, target):  # else what was made from it would look older than it is
@@ -302,7 +348,6 @@ class RunFolder:
         if (kept / LOG).is_file():
             write_via(self.path / LOG, lambda temporary: shutil.copyfile(kept / LOG, temporary))
         sync(self.path)
-        return True
 
 
 def publish(folder: Path, status: dict) -> None:

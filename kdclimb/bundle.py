@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from kdclimb.analysis import selection
 from kdclimb.analysis.tables import remedy
-from kdclimb.artifacts import MADE_AT_THE_END, Damaged, read_sealed, sha256, write_text, write_via
+from kdclimb.artifacts import LOG, MADE_AT_THE_END, Damaged, RunFolder, read_sealed, sha256, write_text, write_via
 from kdclimb.campaign import read_decisions, results_data_id
 from kdclimb.config import NGRAM_PREFIX, ConfigError, build
 from kdclimb.expansion import expand, tables
@@ -208,6 +208,7 @@ def import_(file: Path, results: Path, any_code: bool, keep: bool = False) -> st
     for run_id in runs:  # those with nothing new too: an import that was interrupted may have left them so
         if f"runs/{run_id}" not in kept:
             _settle(results / "runs" / run_id)
+            _keep(index, results / "runs" / run_id)
     _stand_in(results, runs)
     for unit in (unit for unit in kept if unit.startswith("runs/")):
         _make_as_old(results / unit, times[f"{unit}/status.json"])
@@ -256,6 +257,13 @@ def _settle(folder: Path) -> None:
         (checkpoints / MARK).unlink(missing_ok=True)
     mtime_ns = (folder / "status.json").stat().st_mtime_ns
     os.utime(checkpoints, ns=(mtime_ns, mtime_ns))
+
+
+def _keep(index: Index, folder: Path) -> None:
+    """What brings the run back when Snakemake deletes it, as for whatever it takes to be outdated."""
+    top = f"runs/{folder.name}/"
+    found = {entry.path.removeprefix(top): entry.sha256 for entry in index.files if entry.path.startswith(top)}
+    RunFolder(folder).keep_imported({name: digest for name, digest in found.items() if name != LOG})
 
 
 def _stand_in(results: Path, runs: Iterable[str]) -> None:

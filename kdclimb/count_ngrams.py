@@ -154,23 +154,26 @@ def _filled(ids: Tensor, probs: Tensor, lower_ids: Tensor, lower_probs: Tensor) 
     return (torch.cat(both, dim=1).gather(1, chosen) for both in ((ids, lower_ids), (probs, lower_probs)))
 
 
-def make(config: NgramConfig, out: Path, manifest: Path, threads: int) -> None:
+def make(config: NgramConfig, out: Path, manifest: Path, threads: int, any_code: bool = False) -> None:
     """Count the teacher and write its run into the folder `out`; its training time is that of counting. One that was
-    counted before from the same data, by the same code, is brought back.
+    counted before from the same data by the same code, or with `any_code` by any, is brought back; so is one that a
+    bundle brought.
 
     Raises ConfigError if the folder or the device don't fit the config.
     """
     if out.name != config.run_id:
         raise ConfigError(f"{out}: the folder of this config is called {config.run_id}")
+    folder = RunFolder(out)
+    if folder.restore_imported():
+        return
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda is asked for, but torch finds no CUDA GPU here; allowed: auto, cpu")
     torch.set_num_threads(threads)
     torch.zeros(1, device=config.device)  # a GPU is woken outside the clock
-    folder = RunFolder(out)
     with folder.lock(), DeviceLease(device_identity(config.device)) as lease:
         dataset, started = Dataset(manifest), datetime.now(UTC)
         key = {"code": source_hash(ENTRY), "data": dataset.hash, "device": device_kind(config.device)}
-        if folder.restore_complete(key, any_code=False):  # what a job counted whose master was killed
+        if folder.restore_complete(key, any_code=any_code):  # what a job counted whose master was killed
             return
         folder.drop_unfinished()
         (out / "status.json").unlink(missing_ok=True)

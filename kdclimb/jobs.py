@@ -152,9 +152,9 @@ def write_refused(config: RunConfig, out: Path, said: str, at_once: bool) -> boo
     for more, and so the third may be refused after two that were killed. One that only ran out of time before (not
     `at_once`) gets no result, since the next start asks for less and goes on from its state.
     """
-    if (out / "status.json").is_file():
-        return False
     folder = RunFolder(out)
+    if (out / "status.json").is_file() or folder.restore_imported():
+        return False
     with folder.lock(), Lease(folder.state / "lease.json", folder.progress()) as held:
         if not at_once and not held.killed:
             return False

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from kdclimb.artifacts import Damaged, drop_unfinished, needs_room, read_sealed, seal, sha256, write_json, write_via
 from kdclimb.config import short_hash
 from kdclimb.shards import count_tokens, document_lengths, write_shards
-from kdclimb.sources import PARTS, fingerprint, shard_files, source_files
+from kdclimb.sources import PARTS, PREPARED, fingerprint, shard_files, source_files
 from kdclimb.supply import LENGTHS, write_lengths
 from kdclimb.text import list_files, read_documents
 from kdclimb.tokenizer import GPT2, TrainedBPE
@@ -35,7 +35,6 @@ MOST_BUCKETS = 500  # files open at once
 BATCH_CHARS = 2**21  # characters tokenized in one call
 RECORD = struct.Struct("<II")  # of a bucket file: a document's place in the order, and its bytes, which follow
 LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
-PREPARED = ".prepared.json"
 
 
 def prepare(spec: dict, out: Path, root: Path, code: str = "") -> dict:

@@ -81,17 +81,20 @@ def run(
     0: the folder holds a result, which may be a failure (diverged, oom, failed) with its reason in
     status.json. 75: interrupted, start it again. 1: failed unexpectedly, and this was not the last attempt.
     Raises ConfigError or ValueError, and leaves no result, if config, data or teacher don't fit. A finished
-    run of the same config, code, data and teacher is brought back, not trained again; `any_code` takes one of any code,
-    `any_weights` one that kept none. `policy` is summary.csv of the run that `lr_policy` names. `give_up` makes a
-    result of tries that were killed without a word. Without `weights` none are kept.
+    run of the same config, code, data and teacher is brought back, not trained again; `any_code` takes one of any
+    code, `any_weights` one that kept none. So is one that a bundle brought, whatever it was made of. `policy` is
+    summary.csv of the run that `lr_policy` names. `give_up` makes a result of tries that were killed without a word.
+    Without `weights` none are kept.
     """
     if out.name != config.run_id:
         raise ConfigError(f"{out}: the folder of this config is called {config.run_id}")
+    folder = RunFolder(out)
+    if folder.restore_imported():  # before anything is asked of this machine, which need not be able to train it
+        return 0
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda is asked for, but torch finds no CUDA GPU here; allowed: auto, cpu")
     torch.set_num_threads(threads)
     fix_order(config)
-    folder = RunFolder(out)
     with folder.lock():
         _refuse_other_config(out, config)
         dataset = Dataset(manifest)

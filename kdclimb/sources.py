@@ -24,6 +24,7 @@ from kdclimb.shards import count_tokens, document_lengths
 from kdclimb.text import kind, list_files, read_documents
 from kdclimb.waiting import waiting
 
+PREPARED = ".prepared.json"  # in the data's folder: what was prepared, of what, and by which code
 HASHES = "results/data/.sha256.json"
 KEPT_FROM = 2**26  # bytes in all; less is hashed faster than it is worth remembering
 ANNOUNCED_FROM = 2**30  # bytes to hash

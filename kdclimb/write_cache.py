@@ -249,7 +249,7 @@ class Files:
     def publish(self, out: Path, cost_ms: float) -> None:
         """Make `out` of hard links to the files, and the description. What is here stays."""
         self.save()
-        facts = {name: self.key[name] for name in ("teacher_sha256", "data_hash", "device")}
+        facts = {name: self.key[name] for name in ("code", "teacher_sha256", "data_hash", "device")}
         facts |= {"config": dataclasses.asdict(self.config)}
         facts |= {"checksums": self.checksums, "cost_ms": cost_ms, "broken": self.broken}
         facts |= {"shared_device": self.shared, "versions": versions()}

@@ -26,6 +26,7 @@ from kdclimb.lease import queued_jobs
 from kdclimb.mirror import mirror, not_mirrored
 from kdclimb.provenance import source_hash
 from kdclimb.schedule import total_tokens
+from kdclimb.sources import PREPARED
 
 ROOT = Path(workflow.basedir)
 try:
@@ -323,12 +324,28 @@ def policy_flag(config):
     return f"--policy results/runs/{config.lr_policy.run}/summary.csv" if config.lr_policy else ""
 
 
-def train_code(run_id):
-    """The trainer's hash; under `code: frozen`, that of the finished run, so that nothing counts as changed."""
+def frozen_code(rule, file, key, otherwise, **how):
+    """A rule's hash; under `code: frozen`, that by which what is there was made, so that nothing counts as changed.
+
+    `file` names it by `key`; `otherwise`: what to do where it is damaged.
+    """
+    if CAMPAIGN.code == "frozen" and file.is_file():
+        return read_sealed(file, otherwise, **how).get(key, code_hash(rule))  # caches had none before
+    return code_hash(rule)
+
+
+def run_code(rule, run_id):
     status = Path(f"results/runs/{run_id}/status.json")
-    if CAMPAIGN.code == "frozen" and status.is_file():
-        return read_sealed(status, remedy(status.parent), or_plain=True)["code_hash"]
-    return code_hash("train")
+    return frozen_code(rule, status, "code_hash", remedy(status.parent), or_plain=True)
+
+
+def cache_code(cache):
+    folder = Path(f"results/caches/{cache}")
+    return frozen_code("kd_cache", folder / "cache.json", "code", f"delete {folder}, and ./run makes it again")
+
+
+def data_code():
+    return frozen_code("data", Path(DATA, PREPARED), "code", "delete it, and ./run prepares the data again")
 
 
 def compile_cache():

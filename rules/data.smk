@@ -10,7 +10,7 @@ rule data:
         needs=canonical_json(dataclasses.asdict(campaigns.token_needs(CAMPAIGN))),  # a param would remake the data
     params:
         spec=shlex.quote(canonical_json(campaigns.data_spec(CAMPAIGN, ROOT))),
-        code=code("data"),
+        code=lambda wildcards: data_code(),
     shell:
         "python workflow/scripts/data.py --spec {params.spec} --needs {resources.needs:q} --code {params.code}"
         " --out $(dirname {output.manifest}) --log {log}"

@@ -32,12 +32,13 @@ rule ngram:
         slurm_extra=lambda wildcards: sbatch_options(f"rule_ngram_wildcards_{wildcards.table}"),
         gpu=int(CAMPAIGN.device == "cuda"),
         gpu_model="" if GPU_TYPE == "default" else GPU_TYPE,
+        code_policy=CAMPAIGN.code,
     params:
         config=lambda wildcards: shlex.quote(canonical_json(dataclasses.asdict(asked_table(wildcards)))),
-        code=code("ngram"),
+        code=lambda wildcards: run_code("ngram", wildcards.table),
     shell:
         "python workflow/scripts/ngram.py --config {params.config} --out $(dirname {output.status})"
-        " --manifest {input.manifest} --threads {threads}"
+        " --manifest {input.manifest} --threads {threads} --code {resources.code_policy}"
 
 
 # One pass of the teacher over the exact tokens of the runs of one horizon and seed, for all of them to read. A cache can
@@ -61,7 +62,7 @@ rule kd_cache:
         gpu_model="" if GPU_TYPE == "default" else GPU_TYPE,
     params:
         config=lambda wildcards: shlex.quote(canonical_json(dataclasses.asdict(asked_cache(wildcards)))),
-        code=code("kd_cache"),
+        code=lambda wildcards: cache_code(wildcards.cache),
     # exec: as in `train`, a signal to all processes of the job must find the writer.
     shell:
         "exec python workflow/scripts/kd_cache.py --config {params.config} --out {output} --manifest {input.manifest}"

@@ -39,7 +39,7 @@ rule train:
         teacher=lambda wildcards, input: (f"--teacher {shlex.quote(str(input.teacher))}" if input.teacher else ""),
         cache=lambda wildcards, input: f"--cache {shlex.quote(str(input.cache))}" if input.cache else "",
         policy=lambda wildcards: policy_flag(asked_run(wildcards)),
-        code=lambda wildcards: train_code(wildcards.run),
+        code=lambda wildcards: run_code("train", wildcards.run),
     # exec: a signal to all processes of the job must find the trainer, and no shell that dies of it before.
     shell:
         "exec env {resources.compile_cache} python workflow/scripts/train.py --config {params.config}"
@@ -76,7 +76,7 @@ rule train_batch:
         weights=lambda wildcards: weights_flags(asked_batch(wildcards)),
     params:
         configs=lambda wildcards: " ".join(shlex.quote(config.canonical()) for config in asked_batch(wildcards)),
-        code=lambda wildcards: [train_code(config.run_id) for config in asked_batch(wildcards)],
+        code=lambda wildcards: [run_code("train", config.run_id) for config in asked_batch(wildcards)],
     shell:
         "exec env {resources.compile_cache} python workflow/scripts/train_batch.py --configs {params.configs}"
         " --manifest {input.manifest} --threads {threads} {resources.weights}"

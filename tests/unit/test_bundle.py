@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import stat
 import tarfile
 import time
@@ -19,7 +20,7 @@ from test_analysis_synthetic import write_run
 from kdclimb import bundle as bundles
 from kdclimb import campaign, expansion, logs
 from kdclimb.__main__ import main
-from kdclimb.artifacts import publish, write_json
+from kdclimb.artifacts import RunFolder, publish, write_json
 from kdclimb.bundle import BundleError
 from kdclimb.bundle import _check_code as check_code
 from kdclimb.provenance import source_hash
@@ -135,7 +136,13 @@ def edited(file, name: str, content: bytes | None) -> None:
 @pytest.mark.parametrize("weights", [False, True])
 def test_what_goes_in_comes_out(bundle, results, tmp_path, capsys, ending, weights):
     code, told, _ = take(capsys, bundle(ending, *["--weights"] * weights), tmp_path / "here")
-    here, there = files(tmp_path / "here"), files(results)
+    found, there = files(tmp_path / "here"), files(results)
+    here = {name: content for name, content in found.items() if "/.state/" not in name}
+    for run_id in RUNS:  # what brings each back
+        of_run, kept = f"runs/{run_id}/", f"runs/{run_id}/.state/complete/"
+        assert {name.removeprefix(of_run) for name in here if name.startswith(of_run)} == {
+            name.removeprefix(kept) for name in found if name.startswith(kept)
+        } - {"key.json"}
     left = {name for name in there if "/logs/" in name or (name.endswith(".safetensors") and not weights)}
     marks = {name for name in here if name.endswith(".elsewhere")}
     assert code == 0 and {name: here[name] for name in here.keys() - marks} == {
@@ -192,7 +199,9 @@ def test_data_prepared_here_is_kept_and_dated_back(bundle, results, tmp_path, ca
 def test_an_import_can_be_repeated_and_the_weights_brought_later(bundle, results, tmp_path, capsys):
     bare, whole = bundle(), bundle(".tar.gz", "--weights")
     take(capsys, bare, tmp_path / "here")
+    shutil.rmtree(tmp_path / "here" / RUN / ".state")  # as an earlier version's import left it
     assert "; 0 of " in take(capsys, bare, tmp_path / "here")[1]
+    assert RunFolder(tmp_path / "here" / RUN).restore_imported()
     age = (tmp_path / "here" / RUN / "checkpoints").stat().st_mtime_ns
     code, told, _ = take(capsys, whole, tmp_path / "here")
     assert code == 0 and f"; {len(RUNS) - 1} of " in told and "no weights" not in told
@@ -317,8 +326,9 @@ def test_what_is_here_with_another_content_can_stay(bundle, results, tmp_path, c
             (here / name).unlink(missing_ok=True)
     (here / RUN / "val.csv").write_text("other")
     (here / "tiny/ce/timing.csv").write_text("other")
+    shutil.rmtree(here / RUN / ".state")  # which is another's where it was trained:
     (here / RUN / ".state/complete").mkdir(parents=True)
-    (here / RUN / ".state/complete/val.csv").hardlink_to(here / RUN / "val.csv")  # as where it was trained
+    (here / RUN / ".state/complete/val.csv").hardlink_to(here / RUN / "val.csv")
     late = 10**11
     for path in (here / RUN).rglob("*"):
         times = path.stat()

@@ -10,6 +10,7 @@ from test_analysis_synthetic import make_config
 
 from kdclimb import jobs
 from kdclimb.analysis.tables import RUN_COLUMNS, RunFolder, read_csv, write_csv
+from kdclimb.artifacts import RunFolder as Folder
 from kdclimb.artifacts import needs_room
 from kdclimb.jobs import JOB_COLUMNS, JobErrors, read_failures, write_failures, write_refused
 from kdclimb.lease import Lease
@@ -111,6 +112,10 @@ def test_a_refused_run_is_a_row_of_the_run_table(tmp_path):
     (row,) = read_csv(tmp_path / "runs.csv", RUN_COLUMNS)
     assert (row["status"], row["reason"], row["log_tail"]) == ("refused", f"refused by Slurm: {SAID}", SAID)
     assert not write_refused(config, out, "again", at_once=True)
+    Folder(out).keep_imported({})  # as if a bundle had brought it
+    before = (out / "status.json").read_bytes()
+    (out / "status.json").unlink()  # as Snakemake does before it asks for the job
+    assert not write_refused(config, out, "again", at_once=True) and (out / "status.json").read_bytes() == before
 
 
 def test_a_job_that_was_to_make_no_file_leaves_none_missing():

@@ -13,7 +13,7 @@ import torch
 from configs import ROOT, merged
 
 from kdclimb import campaign, count_ngrams, expansion
-from kdclimb.artifacts import ARTIFACTS
+from kdclimb.artifacts import ARTIFACTS, RunFolder, hashes
 from kdclimb.config import ConfigError
 from kdclimb.count_ngrams import count, make
 from kdclimb.data import Dataset
@@ -211,6 +211,20 @@ def test_a_counted_table_comes_back_unless_the_code_differs(folders, configs, ma
     monkeypatch.setattr(count_ngrams, "source_hash", lambda entry: "another")
     with pytest.raises(TypeError):
         make(configs[2], out, manifest, threads=1)
+    make(configs[2], out, manifest, threads=1, any_code=True)
+    assert {name: (out / name).read_bytes() for name in before} == before
+
+
+def test_a_table_that_a_bundle_brought_comes_back_whatever_is_here(folders, configs, tmp_path):
+    out = tmp_path / configs[2].run_id
+    shutil.copytree(folders[2], out)
+    shutil.rmtree(out / ".state")
+    RunFolder(out).keep_imported(hashes(out))
+    for name in ARTIFACTS:
+        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
+    make(configs[2], out, tmp_path / "no manifest", threads=1)
+    for name in ("status.json", "summary.csv", "checkpoints/model.safetensors"):
+        assert (out / name).read_bytes() == (folders[2] / name).read_bytes()
 
 
 @pytest.mark.parametrize(("key", "value"), [("order", 4), ("discount", 1.0), ("entries", 0)])

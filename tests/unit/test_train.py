@@ -24,7 +24,7 @@ from kdclimb import optim as optim_module
 from kdclimb import run as run_module
 from kdclimb import train as train_module
 from kdclimb.analysis import tables
-from kdclimb.artifacts import ARTIFACTS, STEP_COLUMNS, SUMMARY_COLUMNS, VAL_COLUMNS, RunFolder
+from kdclimb.artifacts import ARTIFACTS, STEP_COLUMNS, SUMMARY_COLUMNS, VAL_COLUMNS, RunFolder, hashes, sha256
 from kdclimb.attention import Documents
 from kdclimb.config import ConfigError
 from kdclimb.count_ngrams import make
@@ -326,6 +326,39 @@ def test_a_finished_run_stands_whatever_it_ran_on_and_not_for_what_else_differs(
     assert len(key) == 7 and folder.restore_complete(key, any_code=False)
     stands = folder.restore_complete(key | {part: "another"}, any_code=False)
     assert stands is (part in ("torch", "device", "threads"))
+
+
+def imported(kd_run, folder, damaged=False):
+    """A copy of the run as if a bundle had brought it, but for its weights, and Snakemake had begun to make it anew."""
+    out = shutil.copytree(kd_run, folder / kd_run.name)
+    shutil.rmtree(out / ".state")
+    (out / "checkpoints/model.safetensors").unlink()
+    (out / "checkpoints/model.safetensors.elsewhere").touch()
+    files = {name: digest for name, digest in hashes(out).items() if not name.endswith(".elsewhere")}
+    RunFolder(out).keep_imported(files | {"status.json": "0" if damaged else sha256(out / "status.json")})
+    for name in ARTIFACTS:
+        target = out / name
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    (out / "train.log").write_text("")
+    return out
+
+
+def test_a_run_that_a_bundle_brought_comes_back_where_it_could_not_be_made(kd_run, tiny_runs, tmp_path):
+    """There are neither data nor its teacher."""
+    out = imported(kd_run, tmp_path)
+    options = {"threads": 7, "any_code": False, "last_attempt": True}
+    assert run_module.run(pick(tiny_runs, "kd"), out, tmp_path / "no manifest", None, **options) == 0
+    names = [name for name in (*ARTIFACTS, "train.log") if name != "checkpoints"]
+    assert {name: (out / name).read_bytes() for name in names} == {name: (kd_run / name).read_bytes() for name in names}
+    found = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert found == ["model.json", "model.safetensors.elsewhere"] and not (out / ".state/attempts").exists()
+
+
+def test_of_an_imported_run_nothing_damaged_comes_back(kd_run, tiny_runs, train, teacher_folder, tmp_path, capsys):
+    out = imported(kd_run, tmp_path, damaged=True)
+    assert train(pick(tiny_runs, "kd"), tmp_path, teacher_folder)[0] == 0
+    assert "status.json: damaged" in capsys.readouterr().err and (out / ".state/attempts").read_text() == "1"
+    assert_same_result(kd_run, out)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -13,8 +13,11 @@ import seed_checkpoints
 import torch
 import yaml
 from checkouts import ROOT, SMALL, TINY, Checkout, jobs, overlay, trains
+from configs import merged
 
+from kdclimb import expansion
 from kdclimb.artifacts import publish
+from kdclimb.campaign import data_id, load
 
 pytestmark = pytest.mark.slow
 
@@ -282,6 +285,21 @@ def test_editing_the_loss_trains_again_unless_code_is_frozen(changed):
     planned = jobs(changed.run("-n", *TINY))
     assert planned.count("train_batch") >= 2 and planned.count("train") >= 1  # CE and probes; CE's screen
     assert not trains(changed.run("-n", *overlay(changed, "frozen", code="frozen")))
+
+
+def test_frozen_code_keeps_the_data_n_gram_teachers_and_caches_too(checkout):
+    kd = {"cache": "hidden", "grid": {"temperature": [1.0], "lr_boost": [1.0]}, "ngram": {"orders": [2], "entries": 16}}
+    small = SMALL | {"kd": kd, "train": {"horizons": [50], "seeds": [0]}, "controls": {"ce_grid": {"lr_mult": [1.0]}}}
+    arguments = overlay(checkout, "kept", **small)
+    loaded = load(merged("tests/tiny.yaml", small), ROOT)
+    (table,) = expansion.tables(loaded, data_id(loaded, ROOT))
+    counted = f"results/runs/{table.run_id}/status.json"
+    checkout.run("results/tiny/kd/screen.csv", counted, *arguments)
+    (cache,) = (checkout.path / "results/caches").glob("hidden-*/")
+    asked = [counted, f"results/caches/{cache.name}"]
+    checkout.edit("kdclimb/waiting.py", "EVERY = 30.0", "EDITED = 1\nEVERY = 30.0")
+    assert {"data", "train", "ngram", "kd_cache"} == set(jobs(checkout.run("-n", *asked, *arguments)))
+    assert "Nothing to be done" in checkout.run("-n", *asked, *overlay(checkout, "frozen", code="frozen", **small))
 
 
 def test_forgotten_results_are_made_again_in_one_go(changed):

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 
 import pytest
-from checkouts import TINY, jobs, overlay, trains
+from checkouts import TINY, Checkout, jobs, overlay, trains
 
 pytestmark = pytest.mark.slow
 
@@ -58,6 +58,28 @@ def test_a_bundle_brings_another_checkout_all_that_the_analysis_needs(finished, 
     checkout.run(*TINY)
     assert checkout.tables() == finished.tables() and checkout.attempts() == {}
     assert "Nothing to be done" in checkout.run("-n", *TINY)
+
+
+def test_an_edit_neither_deletes_nor_trains_what_a_bundle_brought(checkout, tmp_path):
+    """Not even where each run is a job of its own, and what Snakemake made here, the data, is made again."""
+    target, there = "results/tiny/teacher/probe.csv", Checkout(tmp_path / "there")
+    there.run(target, *TINY)
+    there.kdclimb("bundle", "export", tmp_path / "tiny.zip", *TINY)
+    told = checkout.kdclimb("bundle", "import", tmp_path / "tiny.zip")
+    make_tokens = told.splitlines()[-1].replace("CONFIG", "tests/tiny.yaml")
+    subprocess.run(["bash", "-c", make_tokens], cwd=checkout.path, check=True, capture_output=True)
+    alone = {"cluster": {"tokens_per_job": 0}}
+    arguments = [target, *overlay(checkout, "alone", **alone)]
+    assert jobs(checkout.run(*arguments)) == ["teacher_probe"]
+    before = {name: content for name, content in files(checkout.path).items() if name.startswith("results/runs/")}
+    checkout.edit("kdclimb/waiting.py", "EVERY = 30.0", "EDITED = 1\nEVERY = 30.0")
+    frozen = checkout.run("-n", target, *overlay(checkout, "frozen", code="frozen", **alone))
+    assert jobs(frozen) == ["teacher_probe"]
+    made = jobs(checkout.run(*arguments))
+    assert made[0] == "data" and made.count("train") == len(there.attempts()) > 1
+    found = {name: content for name, content in files(checkout.path).items() if name.startswith("results/runs/")}
+    assert len(before) > 20 and found == before and checkout.attempts() == {}
+    assert "Nothing to be done" in checkout.run("-n", *arguments)
 
 
 def test_after_an_import_kd_needs_the_weights_and_the_tokens(finished, checkout, tmp_path):

@@ -14,6 +14,7 @@ parser.add_argument("--config", required=True, help="the teacher's config: a JSO
 parser.add_argument("--out", type=Path, required=True, help="results/runs/<run_id>")
 parser.add_argument("--manifest", type=Path, required=True, help="manifest.json of the prepared data")
 parser.add_argument("--threads", type=int, required=True)
+parser.add_argument("--code", choices=("track", "frozen"), default="track", help="frozen: keep one of any code")
 
 if __name__ == "__main__":
     args = parser.parse_args()
@@ -21,6 +22,6 @@ if __name__ == "__main__":
     try:
         config = build(NgramConfig, json.loads(text))
         gpus.take_one(config.device)
-        make(config, args.out, args.manifest, args.threads)
+        make(config, args.out, args.manifest, args.threads, any_code=args.code == "frozen")
     except (ValueError, OSError) as error:
         sys.exit(f"ngram: {error}")

@@ -80,7 +80,7 @@ def main() -> int:
         config = RunConfig.from_dict(json.loads(text))
         folders.append(Path("results/runs", config.run_id))
         if (folders[-1] / "status.json").is_file() and not (folders[-1] / ".state").is_dir():
-            continue  # a bundle brought it: it has a result, but no state of its own
+            continue  # a bundle brought it, for a version that left no state of its own to bring it back from
         # Also since Snakemake shows no log behind an empty one, such as Slurm's of a job that was killed.
         note(args.log, f"{config.run_id}: begun; its log is {folders[-1] / 'train.log'}")
         process = FORK.Process(target=child, args=(flags(config, text, args), config.run_id, args.log))
