@@ -44,6 +44,8 @@ SUMMARY_COLUMNS = (
 ).split()
 
 
+WEIGHTS_ELSEWHERE = "model.safetensors.elsewhere"  # in checkpoints/: the weights are where the run was made
+ABSENT = "elsewhere"  # in the folder of a cache of targets that isn't here
 MADE_ON = ("torch", "device", "threads")  # of a run's key: what it is not asked for again once it is finished
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -348,6 +350,12 @@ class RunFolder:
         if (kept / LOG).is_file():
             write_via(self.path / LOG, lambda temporary: shutil.copyfile(kept / LOG, temporary))
         sync(self.path)
+
+
+def stand_in(cache: Path) -> None:
+    """Make the folder of a cache of targets that isn't here, which finished runs have read."""
+    cache.mkdir(parents=True, exist_ok=True)
+    write_text(cache / ABSENT, "a bundle brought runs that read this cache, and not the cache\n")
 
 
 def publish(folder: Path, status: dict) -> None:

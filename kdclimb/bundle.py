@@ -36,7 +36,18 @@ from tqdm import tqdm
 
 from kdclimb.analysis import selection
 from kdclimb.analysis.tables import remedy
-from kdclimb.artifacts import LOG, MADE_AT_THE_END, Damaged, RunFolder, read_sealed, sha256, write_text, write_via
+from kdclimb.artifacts import (
+    ABSENT,
+    LOG,
+    MADE_AT_THE_END,
+    Damaged,
+    RunFolder,
+    read_sealed,
+    sha256,
+    stand_in,
+    write_text,
+    write_via,
+)
 from kdclimb.campaign import read_decisions, results_data_id
 from kdclimb.config import NGRAM_PREFIX, ConfigError, build
 from kdclimb.expansion import expand, tables
@@ -47,7 +58,6 @@ from kdclimb.sections import Campaign
 
 INDEX, FORMAT = "index.json", 1
 WEIGHTS, MARK = (Path(name).name for name in (selection.WEIGHTS[0], selection.ELSEWHERE))
-ABSENT = "elsewhere"  # in the folder of a cache that is not here
 KINDS = {".zip": b"PK", ".tar.gz": b"\x1f\x8b"}  # how the names end, and how the files start
 NAME = re.compile(r"[^./\\:\x00-\x1f][^/\\:\x00-\x1f]*")  # of a file or folder: not hidden, not .., nothing absolute
 DAMAGE = (
@@ -279,8 +289,7 @@ def _stand_in(results: Path, runs: Iterable[str]) -> None:
     for cache, times in readers.items():
         folder = results / "caches" / cache
         if not folder.is_dir():
-            folder.mkdir(parents=True)
-            write_text(folder / ABSENT, "bundle import brought runs that read this cache, and not the cache\n")
+            stand_in(folder)
             os.utime(folder, ns=(min(times), min(times)))
 
 

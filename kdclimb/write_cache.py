@@ -7,6 +7,7 @@ declares, Snakemake deletes when its job fails, or before the job if it did not 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import time
@@ -19,7 +20,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdclimb.artifacts import Damaged, DeviceLease, link, locked, needs_room, read_sealed, seal, sync, write_json
+from kdclimb.artifacts import (
+    WEIGHTS_ELSEWHERE,
+    Damaged,
+    DeviceLease,
+    link,
+    locked,
+    needs_room,
+    read_sealed,
+    seal,
+    stand_in,
+    sync,
+    write_json,
+)
 from kdclimb.attention import choose_backend
 from kdclimb.cache import DESCRIPTION, STEPS_A_NAT, layout
 from kdclimb.config import CacheConfig, ConfigError, canonical_json, require, short_hash
@@ -74,6 +87,21 @@ def write(config: CacheConfig, out: Path, manifest: Path, teacher_folder: Path, 
             return EXIT_INTERRUPTED
         files.publish(out, _cost_ms(config, files, teacher))
     return 0
+
+
+def stands_in(out: Path, teacher_folder: Path) -> bool:
+    """Whether the cache can't be made here and needn't be, since a bundle brought the runs that read it and its teacher
+    without weights. Then `out` is the folder that the import left for it, should Snakemake have deleted that. Who would
+    train from it is refused there.
+    """
+    if (teacher_folder / "model.safetensors").is_file() or not (teacher_folder / WEIGHTS_ELSEWHERE).is_file():
+        return False
+    ended = (status.with_name("config.json") for status in out.parent.parent.glob("runs/*/status.json"))
+    if not any((json.loads(config.read_text()).get("kd") or {}).get("cache") == out.name for config in ended):
+        return False
+    stand_in(out)
+    print(f"{out.name}: not here, nor its teacher's weights: a bundle brought the runs that read it")
+    return True
 
 
 def _teacher(config: CacheConfig, dataset: Dataset, folder: Path) -> GPT:

@@ -20,7 +20,7 @@ from kdclimb.analysis.tables import (
     write_json,
 )
 from kdclimb.analysis.targets import SCREEN_COLUMNS
-from kdclimb.artifacts import FILES
+from kdclimb.artifacts import FILES, WEIGHTS_ELSEWHERE
 from kdclimb.schedule import total_tokens
 
 PROBE_COLUMNS = tuple(
@@ -31,7 +31,7 @@ EARLY_VALIDATIONS = 3  # after step 0: the first checkpoints, over which a teach
 EARLY_COLUMNS = tuple(f"early_val_{i}" for i in range(EARLY_VALIDATIONS + 1))  # nats; 0 is the one at step 0
 TRAINED_COLUMNS = ("candidate", "imported", *RUN_COLUMNS, *EARLY_COLUMNS, "missing_artifacts")
 WEIGHTS = ("checkpoints/model.safetensors", "checkpoints/model.json")
-ELSEWHERE = "checkpoints/model.safetensors.elsewhere"  # beside model.json: the run left its weights where it was made
+ELSEWHERE = f"checkpoints/{WEIGHTS_ELSEWHERE}"
 SELECTED_KEYS = tuple("run_id candidate imported final_val best_val train_time_ms speed budget_ms reason".split())
 TIMES = ("probe_step_ms", "projected_ms", "train_time_ms")
 

@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +15,7 @@ from configs import ROOT, merged
 from test_damage import DAMAGE
 
 from kdclimb import campaign, evaluate, expansion, write_cache
-from kdclimb.artifacts import DiskFull, seal, write_json
+from kdclimb.artifacts import ABSENT, WEIGHTS_ELSEWHERE, DiskFull, seal, write_json
 from kdclimb.cache import DESCRIPTION, TargetCache
 from kdclimb.config import ConfigError
 from kdclimb.data import Dataset
@@ -420,3 +423,39 @@ def test_a_disk_that_fills_while_a_cache_is_written_leaves_none(
     monkeypatch.setattr(write_cache, "announce", lambda *_: None)
     write_cache.write(cache, folder, manifest, teacher_folder, threads=1)
     assert (folder / "hidden.bin").read_bytes() == (caches["hidden"][1] / "hidden.bin").read_bytes()
+
+
+def test_a_cache_that_a_bundle_left_behind_is_stood_in_for_again_where_finished_runs_read_it(tmp_path):
+    """Snakemake deletes its folder for whatever makes it older than teacher or data, such as an edit of code."""
+    out, teacher, reader = (tmp_path / "results" / name for name in ("caches/samples-0", "runs/teacher", "runs/kd-0"))
+    for folder in (out.parent, teacher / "checkpoints", reader):
+        folder.mkdir(parents=True)
+    (reader / "config.json").write_text(json.dumps({"kd": {"cache": out.name}}))
+    flags = [
+        "--config",
+        "{}",
+        "--out",
+        out,
+        "--manifest",
+        "none",
+        "--teacher",
+        teacher / "checkpoints",
+        "--threads",
+        "1",
+    ]
+    command = [sys.executable, ROOT / "workflow/scripts/kd_cache.py", *flags]
+
+    def stood_in():
+        code = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True).returncode
+        there = sorted(path.name for path in out.glob("*"))
+        assert there == ([ABSENT] if code == 0 else [])
+        return code == 0
+
+    assert not stood_in()  # neither a reader that ended nor a teacher whose weights are known to be elsewhere
+    (reader / "status.json").write_text("{}")
+    assert not stood_in()
+    (teacher / "checkpoints" / WEIGHTS_ELSEWHERE).write_text("")
+    assert stood_in()
+    shutil.rmtree(out)
+    (teacher / "checkpoints/model.safetensors").write_text("")  # it can be made now
+    assert not stood_in()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kdclimb import gpus
 from kdclimb.config import CacheConfig, build
-from kdclimb.write_cache import write
+from kdclimb.write_cache import stands_in, write
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--config", required=True, help="the cache's config, as JSON")
@@ -19,6 +19,8 @@ parser.add_argument("--threads", type=int, required=True)
 if __name__ == "__main__":
     args = parser.parse_args()
     try:
+        if stands_in(args.out, args.teacher):
+            sys.exit(0)
         config = build(CacheConfig, json.loads(args.config))
         gpus.take_one(config.device)
         code = write(config, args.out, args.manifest, args.teacher, args.threads)
