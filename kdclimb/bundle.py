@@ -218,7 +218,8 @@ def import_(file: Path, results: Path, any_code: bool, keep: bool = False) -> st
     for run_id in runs:  # those with nothing new too: an import that was interrupted may have left them so
         if f"runs/{run_id}" not in kept:
             _settle(results / "runs" / run_id)
-            _keep(index, results / "runs" / run_id)
+            if not run_id.startswith(PREFIX):  # which no rule makes, so that none deletes it
+                _keep(index, results / "runs" / run_id)
     _stand_in(results, runs)
     for unit in (unit for unit in kept if unit.startswith("runs/")):
         _make_as_old(results / unit, times[f"{unit}/status.json"])
