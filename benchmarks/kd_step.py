@@ -138,7 +138,7 @@ class Arms:
         )
         out, unfinished = (self.folder / f"{prefix}{config.cache_id}" for prefix in ("", "."))
         unfinished.mkdir()
-        facts = dict.fromkeys(("teacher_sha256", "data_hash", "device"), "synthetic")
+        facts = dict.fromkeys(("code", "teacher_sha256", "data_hash", "device"), "synthetic")
         files = write_cache.Files(config, unfinished, teacher.config.dim, facts)
         write_cache.announce(config, teacher.config.dim, self.folder)
         write_cache.fill(config, files, self.trainer.dataset, teacher, SimpleNamespace(asked=lambda: False))

@@ -382,7 +382,8 @@ def make_refused(failure, folders):
             retry = "python -m kdclimb retry --status refused"
             print(f"kdclimb: {folder.name}: {failure.reason}. To ask again: {retry}", file=sys.stderr)
     ended = [(folder / "status.json").is_file() for folder in folders]
-    if failure.rule == "train_batch" and ended and all(ended):
+    shared = failure.rule == "train_batch"
+    if shared and ended and all(ended):
         write_batch(Path(failure.made), folders)
 
 
