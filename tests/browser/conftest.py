@@ -126,6 +126,15 @@ def empty(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def record(tmp_path_factory):
+    """The page of the campaign in docs/records/seed155."""
+    folder = tmp_path_factory.mktemp("record") / "seed155"
+    shutil.copytree(ROOT / "docs/records/seed155", folder)
+    assert main(["report", "--results", str(folder), "--configfile", str(folder / "config.yaml")]) == 0
+    return folder / "seed155/so_far/report/index.html"
+
+
+@pytest.fixture(scope="session")
 def seed(tmp_path_factory):
     """The page of the seed's published numbers."""
     folder = tmp_path_factory.mktemp("seed")

@@ -181,6 +181,19 @@ def test_a_rejected_teacher_is_grey_and_says_why(campaign, visit):
     assert "over the budget of 300.0 ms" in lost["hovertemplate"][0] and lost["marker"]["color"] == "#6a717d"
 
 
+@pytest.mark.parametrize("width", [1200, 390])
+def test_names_of_teachers_that_are_near_each_other_lie_apart(record, visit, width):
+    page, chart = visit(record, width=width), '[data-chart="teachers"]'
+    drawn(page, chart)
+    names = page.locator(f"{chart} .textpoint text").all()
+    assert {"L3-H6-D128-395-B131072-LR1.0"} <= {name.text_content() for name in names}  # the selected one
+    boxes = [name.bounding_box() for name in names]
+    for i, a in enumerate(boxes):
+        for b in boxes[:i]:
+            apart = a["x"] >= b["x"] + b["width"] or b["x"] >= a["x"] + a["width"]
+            assert apart or a["y"] >= b["y"] + b["height"] or b["y"] >= a["y"] + a["height"]
+
+
 def test_a_runs_page_has_its_config_difference_curves_files_and_command(campaign, visit):
     page = visit(report(campaign))
     kd = next(row for row in read_rows(campaign.path("tables/runs.csv")) if row["arm"] == "kd")
