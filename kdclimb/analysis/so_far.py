@@ -30,12 +30,17 @@ from kdclimb.sections import Campaign
 MADE_BY_STAGES = {  # where the workflow puts what a stage leaves
     "timing": "ce/timing.csv",
     "budget": "budget.json",
+    "probe": "teacher/probe.csv",
+    "projected": "teacher/projected.json",
+    "trained": "teacher/trained.csv",
+    "measured": "teacher/measured.json",
     "selected": "teacher/selected.json",
     "target": "target.json",
     "isolates": "kd/isolates.csv",
     "profile": "kd/profile.csv",
     "screen": "kd/screen.csv",
     "ce_screen": "ce/screen.csv",
+    "promoted": "kd/promoted.json",
     "full": "kd/full.csv",
     "controls": "controls.csv",
     "verdict": "verdict.json",
@@ -44,19 +49,8 @@ MADE_BY_STAGES = {  # where the workflow puts what a stage leaves
     "stop": "tables/stop_conditions.csv",
     "summary": "tables/teacher_budget10_summary.csv",
 }
-SWEPT = ("probe.csv", "projected.json", "trained.csv", "measured.json")  # in teacher/, before one is selected
-DECIDED = {  # what the comparison needs besides the runs, under the names that it has there
-    "budget": "budget.json",
-    "probe": "teacher/probe.csv",
-    "projected": "teacher/projected.json",
-    "trained": "teacher/trained.csv",
-    "measured": "teacher/measured.json",
-    "selected": "teacher/selected.json",
-    "target": "target.json",
-    "screen": "kd/screen.csv",
-    "ce_screen": "ce/screen.csv",
-    "promoted": "kd/promoted.json",
-}
+SWEPT = ("probe", "projected", "trained", "measured")  # of the teachers, before one is selected
+DECIDED = (*SWEPT, "budget", "selected", "target", "screen", "ce_screen", "promoted")  # what the comparison reads
 COMPARISON = "curves runs compare teachers reached tests trend break_even stop tuning summary verdict".split()
 COMPARED = ("compare", "tests", "verdict")  # one without the others is none
 NO_TEACHER = {"run_id": None, "candidate": None, "train_time_ms": None, "budget_ms": None, "imported": 0}
@@ -76,12 +70,13 @@ def report_so_far(campaign: Campaign, named: list[Run], folder: Path, runs: Path
     files = {name: folder / MADE_BY_STAGES.get(name, f"tables/{name}.csv") for name in INPUTS}
     if not all(files[name].is_file() for name in COMPARED):  # some are of runs that are being made again
         files |= {name: out / files[name].relative_to(folder) for name in COMPARED}  # where nothing is
-    decided = {name: folder / place for name, place in DECIDED.items()}
-    if {run.run_id for run in named} <= {run.run_id for run in found} and all(map(Path.is_file, decided.values())):
+    decided = {name: folder / MADE_BY_STAGES[name] for name in DECIDED}
+    ended_all = {run.run_id for run in named} <= {run.run_id for run in found}
+    if ended_all and not jobs and all(map(Path.is_file, decided.values())):
         files |= _compare_again(campaign, found, decided, out)
     else:
         files |= _write_tables(campaign, found, files, out / "tables", _unfinished(named, jobs, runs), jobs)
-        files |= _write_teachers([folder / "teacher" / name for name in SWEPT], files, out / "tables")
+        files |= _write_teachers([decided[name] for name in SWEPT], files, out / "tables")
     page = out / "report/index.html"
     report(campaign.campaign, out / "figures", page, so_far=words, **files)
     return page

@@ -8,6 +8,8 @@ from configs import ROOT
 from test_analysis_synthetic import read_rows
 
 from kdclimb.__main__ import main
+from kdclimb.analysis.tables import write_csv
+from kdclimb.jobs import JOB_COLUMNS
 
 SEED155 = ROOT / "docs/records/seed155"
 OF_PLACES = {"ledger.csv", "run_pages.csv"}  # name the folders of the runs
@@ -29,6 +31,16 @@ def test_the_record_is_made_again_from_its_runs_to_the_byte(tmp_path):
     assert (again / "verdict.json").read_bytes() == (tmp_path / "verdict.json").read_bytes()
     figures = sorted(path.name for path in (tmp_path / "figures").glob("*.svg"))
     assert figures and filecmp.cmpfiles(tmp_path / "figures", again / "figures", figures, shallow=False)[1:] == ([], [])
+
+
+def test_a_job_that_failed_is_told_also_where_all_runs_have_ended(tmp_path):
+    copy = tmp_path / "record"
+    shutil.copytree(SEED155, copy)
+    job = dict.fromkeys(JOB_COLUMNS, "") | {"rule": "report", "made": str(copy / "none"), "reason": "the disk was full"}
+    write_csv(copy / "seed155/logs/failed_jobs.csv", JOB_COLUMNS, [job | {"attempts": 1}])
+    assert main(["report", "--results", str(copy), "--configfile", str(copy / "config.yaml")]) == 0
+    page = (copy / "seed155/so_far/report/index.html").read_text()
+    assert "the job report left no" in page and "the disk was full" in page
 
 
 def test_the_record_is_small():
