@@ -2,8 +2,8 @@
 
 import os
 import shutil
-import subprocess
 
+import debian
 import pytest
 from playwright.sync_api import sync_playwright
 from test_analysis_synthetic import ROOT, SyntheticCampaign
@@ -20,10 +20,7 @@ def install() -> str:
         return found
     if os.getuid() != 0 or not shutil.which("apt-get"):
         pytest.fail("the report's tests need Chromium: apt install chromium, then start them again")
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
-        done = subprocess.run(["apt-get", *command], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stdout + done.stderr
+    debian.install("chromium")
     return shutil.which("chromium")
 
 

@@ -12,6 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import debian
 import pytest
 from checkouts import CORES, Checkout
 
@@ -28,7 +29,7 @@ FIRST_LOOK = 8
 def environment() -> dict[str, str]:
     """Read anew, since conftest.py may have set a temporary folder for this worker meanwhile."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("KDCLIMB", "SNAKEMAKE", "SLURM"))}
-    return kept | {"PATH": f"{os.environ['PATH']}:/usr/sbin", "DEBIAN_FRONTEND": "noninteractive"}
+    return kept | {"PATH": f"{os.environ['PATH']}:/usr/sbin"}
 
 
 def call(*command, **options) -> str:
@@ -55,12 +56,10 @@ def install() -> None:
         say("these tests start munged, slurmctld and slurmd as root, and you are not")
     if all(shutil.which(name, path=environment()["PATH"]) for name in ("munged", "slurmctld", "slurmd", "sbatch")):
         return
-    install = ("apt-get", "install", "-y", "--no-install-recommends", *PACKAGES)
     if not shutil.which("apt-get"):
         say(f"Slurm can be installed here on Debian alone: {' '.join(install)}")
     try:
-        call("apt-get", "update")
-        call(*install)
+        debian.install(*PACKAGES)
     except AssertionError as error:
         say(f"Slurm could not be installed: {error}")
 
