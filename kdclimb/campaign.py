@@ -321,12 +321,12 @@ def data_id(campaign: Campaign, root: Path) -> str:
 def results_data_id(campaign: Campaign, root: Path, results: Path) -> str:
     """`data_id` for those who only read `results`.
 
-    Where no shard is here, as beside a record, it is that of the one manifest there whose spec is the config's but for
-    what is in the files. Raises ValueError for a manifest that can't be read.
+    Where these are not the project's own, as a record's are not, or no shard is here, it is that of the one manifest
+    there whose spec is the config's but for what is in the files. Raises ValueError for a manifest that can't be read.
     """
-    spec = data_spec(campaign, root)
-    known = []
-    if campaign.data.source == "shards" and not sources.source_files(spec, root):
+    spec, here, known = data_spec(campaign, root), data_id(campaign, root), []
+    others = results.resolve() != (root / "results").resolve() and not (results / "data" / here).is_dir()
+    if campaign.data.source == "shards" and (others or not sources.source_files(spec, root)):
         for manifest in sorted((results / "data").glob("*/manifest.json")):
             try:
                 made_from = json.loads(manifest.read_text())["spec"]
@@ -334,7 +334,7 @@ def results_data_id(campaign: Campaign, root: Path, results: Path) -> str:
                 raise ValueError(f"{manifest}: not the manifest of prepared data ({error})") from error
             if made_from | {"fingerprint": spec["fingerprint"]} == spec:
                 known.append(manifest.parent.name)
-    return known[0] if len(known) == 1 else data_id(campaign, root)
+    return known[0] if len(known) == 1 else here
 
 
 def token_needs(campaign: Campaign) -> supply.Needs:

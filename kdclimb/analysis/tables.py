@@ -11,6 +11,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import re
 import statistics
 import sys
@@ -155,7 +156,7 @@ class RunFolder:
             raise AnalysisError(f"{folder / 'summary.csv'}: not the one row of run {folder.name}")
         ended = (status["status"], status["reason"] or "")
         more = {key: status.get(key) or "" for key in ("slurm_job", "log_tail", "teacher_sha256")}  # not all have them
-        more["wall_s"] = sum(status.get("wall_s", {}).values())
+        more["wall_s"] = math.fsum(status.get("wall_s", {}).values())
         return cls(arm, label, folder, config, *ended, rows[0], **more, files=files)
 
     @property

@@ -240,7 +240,7 @@ def stability(run: RunFolder) -> float | None:
     losses = [row["val_loss"] for row in run.val]
     if len(losses) < 2:
         return None
-    return float(sum(max(0.0, after - before) for before, after in pairwise(losses)))
+    return math.fsum(max(0.0, after - before) for before, after in pairwise(losses))
 
 
 def collect(runs: list[RunFolder], target: Path, out: Path) -> None:

@@ -1,6 +1,7 @@
 """The expansion of a config into runs: pure, complete, and sharing what is the same."""
 
 import dataclasses
+import shutil
 from contextlib import nullcontext
 
 import numpy as np
@@ -202,8 +203,8 @@ def test_results_are_read_without_the_shards_that_they_were_made_from(tmp_path):
     for shard in shards:
         write_shard(shard, np.arange(9, dtype=np.uint16))
 
-    def known():
-        return campaign.results_data_id(config, tmp_path, tmp_path / "results")
+    def known(results="results"):
+        return campaign.results_data_id(config, tmp_path, tmp_path / results)
 
     def keep_manifest(name, spec):
         (tmp_path / "results/data" / name).mkdir(parents=True)
@@ -217,6 +218,8 @@ def test_results_are_read_without_the_shards_that_they_were_made_from(tmp_path):
     assert known() == first != campaign.data_id(config, tmp_path)
     write_shard(shards[0], np.arange(8, dtype=np.uint16))  # other tokens are here: not those
     assert known() == campaign.data_id(config, tmp_path) != first
+    shutil.copytree(tmp_path / "results", tmp_path / "record")
+    assert known("record") == first  # whatever tokens are here
     shards[0].unlink()
     keep_manifest("of-other-contents", spec | {"fingerprint": "0"})  # which of the two?
     assert known() == campaign.data_id(config, tmp_path) != first
