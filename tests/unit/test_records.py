@@ -11,15 +11,18 @@ from kdclimb.__main__ import main
 from kdclimb.analysis.tables import write_csv
 from kdclimb.jobs import JOB_COLUMNS
 
-SEED155 = ROOT / "docs/records/seed155"
+RECORDS = ROOT / "docs/records"
+SEED155 = RECORDS / "seed155"
+OF_CAMPAIGNS = ("seed155", "early")
 OF_PLACES = {"ledger.csv", "run_pages.csv"}  # name the folders of the runs
 
 
-def test_the_record_is_made_again_from_its_runs_to_the_byte(tmp_path):
+@pytest.mark.parametrize("name", OF_CAMPAIGNS)
+def test_a_record_is_made_again_from_its_runs_to_the_byte(tmp_path, name):
     """Also where no token is: a record has hashes of them alone."""
     copy = tmp_path / "record"
-    shutil.copytree(SEED155, copy)
-    made = copy / "seed155"
+    shutil.copytree(RECORDS / name, copy)
+    made = copy / name
     kept = sorted(path.name for path in (made / "tables").glob("*.csv"))
     shutil.move(made / "tables", tmp_path / "tables")
     shutil.move(made / "figures", tmp_path / "figures")
@@ -43,15 +46,20 @@ def test_a_job_that_failed_is_told_also_where_all_runs_have_ended(tmp_path):
     assert "the job report left no" in page and "the disk was full" in page
 
 
-def test_the_record_is_small():
-    assert sum(path.stat().st_size for path in SEED155.rglob("*") if path.is_file()) < 10e6
+@pytest.mark.parametrize("name", OF_CAMPAIGNS)
+def test_a_record_is_small(name):
+    assert sum(path.stat().st_size for path in (RECORDS / name).rglob("*") if path.is_file()) < 10e6
 
 
-@pytest.mark.parametrize("row", read_rows(SEED155 / "seed155/tables/break_even.csv"), ids=lambda row: row["target"])
-def test_the_readmes_results_are_the_records(row):
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [(name, row) for name in OF_CAMPAIGNS for row in read_rows(RECORDS / name / name / "tables/break_even.csv")],
+    ids=lambda value: value if isinstance(value, str) else value["target"],
+)
+def test_the_readmes_results_are_the_records(name, row):
     tested = [
         test
-        for test in read_rows(SEED155 / "seed155/tables/verdict.csv")
+        for test in read_rows(RECORDS / name / name / "tables/verdict.csv")
         if (test["measure"], test["arm"], test["against"]) == ("crossing", "kd", "ce")
         and test["target"] == row["target"]
     ]
