@@ -228,16 +228,17 @@ def _steps_part(result: dict, row: dict, goal: str) -> str:
         f"{show_number(abs(average))} steps {'earlier' if average > 0 else 'later'} than" if average else "as soon as"
     )
     fact = f"it reached {goal} {when} CE ({seeds}; {result['horizon']}-step schedule)"
+    tested = tests.describe(row) if average else f"read between validations, {tests.describe(row)}"
     if not row["outcome"]:
         return f"KD is not judged: {fact}, and {row['note']} are too few."
     if row["outcome"] == BETTER:
         gain = "KD pays in steps" if result["kd_pays_steps"] else "KD saves steps, but not by what it teaches"
         if result["not_told_apart_from"] and not result["explained_by"]:
             gain = "KD saves steps, but is not told apart from its controls"
-        return f"{gain}: {fact}; {tests.describe(row)}."
+        return f"{gain}: {fact}; {tested}."
     if row["outcome"] == WORSE:
-        return f"KD does not pay: {fact}; {tests.describe(row)}."
-    return f"KD is not shown to pay: {fact}; {tests.describe(row)}. {tests.missing(row)}".rstrip()
+        return f"KD does not pay: {fact}; {tested}."
+    return f"KD is not shown to pay: {fact}; {tested}. {tests.missing(row)}".rstrip()
 
 
 def _horizon_part(row: dict | None) -> str:
