@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from kdclimb.analysis.paired import MIN_PAIRS
 from kdclimb.analysis.tables import RunFolder, read_json
+from kdclimb.config import RunConfig
 
 WARNING_COLUMNS = ("place", "kind", "warning", "run_ids")
 ON_EDGE = r"(\w+)'s choice is on the edge of its grid: (.+?)\.(?= [A-Z]|$)"  # as analysis.tuning says it
@@ -23,7 +24,7 @@ JUDGED = ("ce", "kd", *CONTROLS)
 
 def warning_rows(runs: Sequence[RunFolder], verdict: dict | None) -> list[dict]:
     """Rows of WARNING_COLUMNS, from the campaign's distinct runs and, once it is there, verdict.json."""
-    rows = [*_of_runs(runs), *_of_text(runs), *_of_teachers(runs), *_of_machines(runs)]
+    rows = [*_of_runs(runs), *_of_text(runs), *_of_teachers(runs), *_of_caches(runs), *_of_machines(runs)]
     return rows if verdict is None else rows + _of_verdict(runs, verdict)
 
 
@@ -92,6 +93,22 @@ def _of_teachers(runs: Sequence[RunFolder]) -> list[dict]:
         if (trainings := len({run.teacher_sha256 for run in found})) > 1:
             words = f"{trainings} trainings of teacher {teacher} taught these runs; its score and time are those of one"
             rows.append(_row("compare", "teacher", words, found))
+    return rows
+
+
+def _of_caches(runs: Sequence[RunFolder]) -> list[dict]:
+    """Of caches whose writing was timed badly, by their descriptions, where these are there."""
+    doubts = {"shared_device": "on a device that was shared", "broken": "by several processes, one after the other"}
+    rows, read = [], {}
+    for run in (run for run in runs if isinstance(run.config, RunConfig) and run.config.kd and run.config.kd.cache):
+        described = run.folder.parent.parent / "caches" / run.config.kd.cache / "cache.json"
+        if run.config.clock == "measured" and described.is_file():
+            read.setdefault(described, []).append(run)
+    for described, readers in read.items():
+        facts = read_json(described, ["cost_ms"])
+        if said := [words for key, words in doubts.items() if facts.get(key)]:
+            words = f"cache {described.parent.name} was written {' and '.join(said)}: what it took is in doubt"
+            rows.append(_row("compare", "cache", words, readers))
     return rows
 
 

@@ -170,6 +170,20 @@ def test_text_that_ran_out(tmp_path, there, expected):
         assert row["run_ids"] == runs[1].run_id and "took 1.01 times" in row["warning"]
 
 
+@pytest.mark.parametrize("clock", ["measured", "modelled"])
+@pytest.mark.parametrize("facts", [{"shared_device": True}, {"broken": 2}, {"shared_device": False, "broken": 0}, None])
+def test_a_cache_that_was_timed_badly(tmp_path, facts, clock):
+    configs = [make_config(seed=seed, kd={"cache": "hidden-0"}, clock=clock) for seed in (0, 1)]
+    runs = [run_folder(tmp_path / "runs", "kd", "T1", config, val=whole(100)) for config in configs]
+    runs.append(run_folder(tmp_path / "runs", "ce", "CE", make_config(clock=clock), val=whole(100)))
+    if facts is not None:
+        (tmp_path / "caches/hidden-0").mkdir(parents=True)
+        (tmp_path / "caches/hidden-0/cache.json").write_text(json.dumps({"cost_ms": 1.0} | facts))
+    doubted = clock == "measured" and any((facts or {}).values())
+    found = [row for row in warning_rows(runs, None) if row["kind"] == "cache"]
+    assert [row["run_ids"].split() for row in found] == [[run.run_id for run in runs[:2]]] * doubted
+
+
 @pytest.mark.parametrize("tail, boost, missing", [(1.0, None, False), (0.35, None, True), (1.0, (2.0, 0.1, 0.2), True)])
 def test_a_control_of_kds_lr_is_missed_only_where_that_is_not_ces(tmp_path, tail, boost, missing):
     run = run_folder(tmp_path, "kd", "T1", make_config(kd={"post_stop_lr": tail}, boost=boost))
