@@ -163,17 +163,17 @@ class GPT(nn.Module):
         matrices = (p.numel() for name, p in self.named_parameters() if _kind(name) == "matrix")
         return sum(matrices) + self.head_weight.numel()
 
-    def flops_per_token(self, context: float, *, backward: bool) -> float:
+    def flops_per_token(self, context: float, *, backward: bool, windows: tuple[int, int] | None = None) -> float:
         """Active FLOPs: 2 a weight forward and 4 backward, and attention over the visible tokens.
 
-        `context`: mean number of tokens of its document before a token. Paired heads see twice as many entries.
+        `context`: mean number of tokens of its document before a token; `windows`: (short, long) in tokens, by default
+        those of now. Paired heads see twice as many entries.
         """
-        forward = 2.0 * self.params_active()
+        forward, spans = 2.0 * self.params_active(), windows or self.windows[0] or (math.inf, math.inf)
         for i, block in enumerate(self.blocks):
             if block.attends:
-                window = (self.long if i in self.config.long_layers else self.short).window.item()
                 entries = context * (2 if block.paired else 1)
-                forward += 4 * self.config.dim * (entries if window < 0 else min(entries, window))
+                forward += 4 * self.config.dim * min(entries, spans[i in self.config.long_layers])
         return forward * (3 if backward else 1)
 
 

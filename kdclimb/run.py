@@ -333,14 +333,14 @@ class _Attempt:
         }
         if trainer is None:
             return row
-        flops, teacher_flops = trainer.flops_per_token()
+        teacher_flops = trainer.flops_per_token()[1]
         row |= {
             "steps": trainer.step,
             "tokens": trainer.tokens,
             "train_time_ms": trainer.time_ms,
             "params_stored": trainer.model.params_stored(),
             "params_active": trainer.model.params_active(),
-            "flops_per_token": flops,
+            "flops_per_token": trainer.mean_flops_per_token(),
             "teacher_flops_per_token": teacher_flops if trainer.kd else None,
             "kd_stop_step": trainer.kd.stop_step if trainer.kd else None,
             "kd_cache_ms": trainer.cache.cost_ms if trainer.cache else None,
@@ -380,7 +380,7 @@ def _step_times(trainer: Trainer) -> dict:
     if trainer.config.clock == "measured" and trainer.device == "cuda":
         peak = next((v for name, v in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None)
         if peak and trainer.kd is None:
-            flops = trainer.tokens * trainer.flops_per_token()[0]
+            flops = trainer.tokens * trainer.mean_flops_per_token()
             row["mfu"] = flops / (trainer.time_ms * 1e9 * peak)
     return row
 

@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -396,6 +397,17 @@ class Trainer:
             cache = self.cache
             teacher = cache.flops_per_token() if cache else self.kd.teacher.flops_per_token(context, backward=False)
         return self.model.flops_per_token(context, backward=True), teacher
+
+    def mean_flops_per_token(self) -> float:
+        """The student's, forward and backward, over all steps so far, whose windows differ."""
+        tokens = Counter()
+        for row in self.steps:
+            tokens[schedule.windows(self.config.schedule, row["step"] - 1)[0]] += row["batch_tokens"]
+        context, total = self.config.schedule.max_doc_tokens / 2, tokens.total()
+        each = {w: self.model.flops_per_token(context, backward=True, windows=w) for w in tokens}
+        if len(each) < 2:
+            return next(iter(each.values()), self.flops_per_token()[0])
+        return math.fsum(tokens[w] / total * flops for w, flops in each.items())
 
     # ---- resuming
 

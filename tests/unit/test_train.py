@@ -154,6 +154,9 @@ def test_ce_leaves_kd_cells_empty_and_costs_no_teacher_time(tiny_runs, train, kd
     assert {r[c] for r in steps for c in ("loss_soft", "kd_norm", "kd_share", "kd_active")} == {""}
     assert {r[c] for r in vals for c in ("teacher_kl", "kd_active")} == {""}
     assert summary[0]["teacher_flops_per_token"] == ""
+    # the modelled clock goes by each step's windows, so these FLOPs are a mean over them
+    flops = float(summary[0]["tokens"]) * float(summary[0]["flops_per_token"])
+    assert float(summary[0]["train_time_ms"]) == pytest.approx(flops / (0.001 * 1e9), rel=1e-9)
     # the modelled clock charges the teacher's forward pass for each KD step, and nothing else
     kd_summary, kd_steps = rows(kd_run / "summary.csv")[0], rows(kd_run / "steps.csv")
     kd_tokens = sum(int(r["batch_tokens"]) for r in kd_steps if r["kd_active"] == "1")
