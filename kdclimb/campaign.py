@@ -325,8 +325,8 @@ def results_data_id(campaign: Campaign, root: Path, results: Path) -> str:
     there whose spec is the config's but for what is in the files. Raises ValueError for a manifest that can't be read.
     """
     spec, here, known = data_spec(campaign, root), data_id(campaign, root), []
-    others = results.resolve() != (root / "results").resolve() and not (results / "data" / here).is_dir()
-    if campaign.data.source == "shards" and (others or not sources.source_files(spec, root)):
+    is_own = results.resolve() == (root / "results").resolve()
+    if campaign.data.source == "shards" and (not is_own or not sources.source_files(spec, root)):
         for manifest in sorted((results / "data").glob("*/manifest.json")):
             try:
                 made_from = json.loads(manifest.read_text())["spec"]

@@ -118,7 +118,7 @@ def overhead_of(kd: RunFolder, ce: RunFolder) -> float:
     """How much longer a step with KD takes than the same step of CE, as a share; the first steps are left out."""
     spent = [_step_times(run) for run in (kd, ce)]
     on = [i for i, row in enumerate(kd.steps) if row["kd_active"] and WARMUP_STEPS <= i < len(spent[1])]
-    # math.fsum: sum() rounds otherwise from Python 3.12 on, and the record of a campaign is made again by either.
+    # math.fsum: sum() rounds differently from Python 3.12 on, and the record of a campaign is made again by either.
     taken, by_ce = (math.fsum(times[i] for i in on) for times in spent)
     return taken / by_ce - 1 if on else 0.0
 

@@ -88,7 +88,9 @@ def _normalised(run: RunFolder, row: dict) -> float | None:
     loss = row["loss_hard"]
     if loss is None or not math.isfinite(loss):
         return None
-    return loss / sum(mtp_weights(run.config.schedule, row["step"] - 1)) if isinstance(run.config, RunConfig) else loss
+    if not isinstance(run.config, RunConfig):
+        return loss
+    return loss / math.fsum(mtp_weights(run.config.schedule, row["step"] - 1))
 
 
 def _phase(run: RunFolder, step: int) -> str:

@@ -228,7 +228,9 @@ def _steps_part(result: dict, row: dict, goal: str) -> str:
         f"{show_number(abs(average))} steps {'earlier' if average > 0 else 'later'} than" if average else "as soon as"
     )
     fact = f"it reached {goal} {when} CE ({seeds}; {result['horizon']}-step schedule)"
-    tested = tests.describe(row) if average else f"read between validations, {tests.describe(row)}"
+    tested = tests.describe(row)
+    if not average and row["ratio"] is not None:
+        tested = f"read between validations, {tested}"
     if not row["outcome"]:
         return f"KD is not judged: {fact}, and {row['note']} are too few."
     if row["outcome"] == BETTER:

@@ -57,7 +57,7 @@ def install() -> None:
     if all(shutil.which(name, path=environment()["PATH"]) for name in ("munged", "slurmctld", "slurmd", "sbatch")):
         return
     if not shutil.which("apt-get"):
-        say(f"Slurm can be installed here on Debian alone: {' '.join(install)}")
+        say(f"Slurm can be installed here on Debian alone: apt install {' '.join(PACKAGES)}")
     try:
         debian.install(*PACKAGES)
     except AssertionError as error:
