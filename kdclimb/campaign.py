@@ -324,7 +324,7 @@ def results_data_id(campaign: Campaign, root: Path, results: Path) -> str:
     Where these are not the project's own, as a record's are not, or no shard is here, it is that of the one manifest
     there whose spec is the config's but for what is in the files. Raises ValueError for a manifest that can't be read.
     """
-    spec, here, known = data_spec(campaign, root), data_id(campaign, root), []
+    spec, known = data_spec(campaign, root), []
     is_own = results.resolve() == (root / "results").resolve()
     if campaign.data.source == "shards" and (not is_own or not sources.source_files(spec, root)):
         for manifest in sorted((results / "data").glob("*/manifest.json")):
@@ -334,7 +334,7 @@ def results_data_id(campaign: Campaign, root: Path, results: Path) -> str:
                 raise ValueError(f"{manifest}: not the manifest of prepared data ({error})") from error
             if made_from | {"fingerprint": spec["fingerprint"]} == spec:
                 known.append(manifest.parent.name)
-    return known[0] if len(known) == 1 else here
+    return known[0] if len(known) == 1 else data_id(campaign, root)
 
 
 def token_needs(campaign: Campaign) -> supply.Needs:

@@ -380,8 +380,7 @@ def _step_times(trainer: Trainer) -> dict:
     if trainer.config.clock == "measured" and trainer.device == "cuda":
         peak = next((v for name, v in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None)
         if peak and trainer.kd is None:
-            flops = trainer.tokens * trainer.mean_flops_per_token()
-            row["mfu"] = flops / (trainer.time_ms * 1e9 * peak)
+            row["mfu"] = trainer.tokens * trainer.mean_flops_per_token() / (trainer.time_ms * 1e9 * peak)
     return row
 
 

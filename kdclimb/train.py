@@ -400,14 +400,16 @@ class Trainer:
 
     def mean_flops_per_token(self) -> float:
         """The student's, forward and backward, over all steps so far, whose windows differ."""
-        tokens = Counter()
+        sched, tokens = self.config.schedule, Counter()
         for row in self.steps:
-            tokens[schedule.windows(self.config.schedule, row["step"] - 1)[0]] += row["batch_tokens"]
-        context, total = self.config.schedule.max_doc_tokens / 2, tokens.total()
-        each = {w: self.model.flops_per_token(context, backward=True, windows=w) for w in tokens}
-        if len(each) < 2:
-            return next(iter(each.values()), self.flops_per_token()[0])
-        return math.fsum(tokens[w] / total * flops for w, flops in each.items())
+            tokens[schedule.windows(sched, row["step"] - 1)[0]] += row["batch_tokens"]
+        if not tokens:
+            return self.flops_per_token()[0]
+        context, total = sched.max_doc_tokens / 2, tokens.total()
+        return math.fsum(
+            count / total * self.model.flops_per_token(context, backward=True, windows=windows)
+            for windows, count in tokens.items()
+        )
 
     # ---- resuming
 
