@@ -48,7 +48,9 @@ def test_a_job_that_failed_is_told_also_where_all_runs_have_ended(tmp_path):
 
 @pytest.mark.parametrize("name", OF_CAMPAIGNS)
 def test_a_record_is_small(name):
-    assert sum(path.stat().st_size for path in (RECORDS / name).rglob("*") if path.is_file()) < 10e6
+    made_again = RECORDS / name / name / "so_far"  # by whoever has followed the record's README here
+    kept = [path for path in (RECORDS / name).rglob("*") if path.is_file() and not path.is_relative_to(made_again)]
+    assert sum(path.stat().st_size for path in kept) < 10e6
 
 
 @pytest.mark.parametrize(
